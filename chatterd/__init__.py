@@ -1,0 +1,5 @@
+"""chatterd: the back end of Chatter."""
+
+from importlib.metadata import version
+
+__version__ = version("chatterd")

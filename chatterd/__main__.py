@@ -1,0 +1,5 @@
+"""`python -m chatterd` is the `chatterd` command."""
+
+from chatterd.cli import main
+
+main()

@@ -1,0 +1,294 @@
+"""Receiving request bodies: bounded in size and time while they arrive.
+
+Forms are parsed as they arrive, texts into memory and files onto the disk: Starlette's
+`request.form()` would take in everything before anything can be checked.
+"""
+
+import asyncio
+import os
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Final
+
+import anyio
+from anyio import to_thread
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.datastructures import Headers
+
+from chatterd import settings
+from chatterd.errors import Problem
+from chatterd.media import SLOTS, SNIFF_SIZE, Kind, Slot, sniff
+
+if TYPE_CHECKING:  # python-multipart defines it for type checkers only
+    from python_multipart.multipart import MultipartCallbacks
+
+_BYTES_SECONDS: Final = 30.0
+_WRITE_SIZE: Final = 256 * 1024
+# Two files, three texts, and room for the headers of the parts.
+_FORM_MAX_SIZE: Final = len(SLOTS) * settings.MEDIA_MAX_SIZE + 4 * settings.JSON_MAX_SIZE
+_TEXT_FIELDS: Final = {"name": "name", "username": "name", "message": "message"}
+_ACCEPTED: Final = {
+    "image": "a JPEG, PNG, GIF, WebP or HEIC picture",
+    "video": "an MP4, QuickTime or WebM video",
+}
+
+
+@dataclass
+class Form:
+    """A form that has been received: its texts by field, its files by slot."""
+
+    fields: dict[str, str] = field(default_factory=dict)
+    files: dict[Slot, tuple[Path, Kind]] = field(default_factory=dict)
+
+
+async def received_bytes(headers: Headers, stream: AsyncIterator[bytes], limit: int) -> bytes:
+    """Return a body of at most `limit` bytes; raises `Problem` 408 or 413."""
+    body = bytearray()
+    async with _deadline(_BYTES_SECONDS):
+        async for chunk in _limited(headers, stream, limit):
+            body += chunk
+    return bytes(body)
+
+
+@asynccontextmanager
+async def received_form(
+    headers: Headers, stream: AsyncIterator[bytes], folder: Path
+) -> AsyncIterator[Form]:
+    """Receive a multipart form, its files durably into `folder`.
+
+    Whoever wants to keep a file moves it away while the context lasts; then the others are gone,
+    whatever has happened.
+
+    Raises `Problem` 408, 413, 415 or 422 as soon as the form turns out to be too slow, too large,
+    of the wrong kind or broken; `OSError` when the disk refuses.
+    """
+    receiver = _FormReceiver(headers, folder)
+    try:
+        async with _deadline(settings.UPLOAD_TIMEOUT):
+            await receiver.receive(_limited(headers, stream, _FORM_MAX_SIZE))
+        yield receiver.form
+    finally:
+        # Must finish although the request may be being cancelled.
+        with anyio.CancelScope(shield=True):
+            await to_thread.run_sync(_remove, receiver.parts)
+
+
+@asynccontextmanager
+async def _deadline(seconds: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise Problem(
+            "request-timeout", f"The body took longer than {seconds:.0f} seconds to arrive."
+        ) from error
+
+
+async def _limited(
+    headers: Headers, stream: AsyncIterator[bytes], limit: int
+) -> AsyncIterator[bytes]:
+    """Pass `stream` on until it turns out to be longer than `limit` bytes."""
+    too_large = Problem("body-too-large", f"The body is larger than the limit of {limit} bytes.")
+    declared = headers.get("content-length", "0")
+    # A number of a hundred digits is too large without being computed.
+    if len(declared) > 20 or int(declared) > limit:
+        raise too_large
+    size = 0
+    async for chunk in stream:
+        size += len(chunk)
+        if size > limit:
+            raise too_large
+        yield chunk
+
+
+def _remove(parts: Iterable["_FilePart"]) -> None:
+    for part in parts:
+        part.close()
+        part.path.unlink(missing_ok=True)
+
+
+class _FormReceiver:
+    """Feeds a multipart body to the parser as it arrives, and the parser's parts to files."""
+
+    def __init__(self, headers: Headers, folder: Path) -> None:
+        content_type, parameters = parse_options_header(headers.get("content-type"))
+        if content_type != b"multipart/form-data" or not parameters.get(b"boundary"):
+            raise Problem("form-invalid", "The body must be multipart/form-data with a boundary.")
+        self.form = Form()
+        self.parts: list[_FilePart] = []
+        self._folder = folder
+        self._names: set[str] = set()
+        self._part: _FilePart | _TextPart | None = None
+        self._header_name = self._header_value = b""
+        self._part_headers: dict[bytes, bytes] = {}
+        self._complete = False
+        self._events: list[tuple[str, bytes]] = []
+        try:
+            self._parser = MultipartParser(parameters[b"boundary"], self._callbacks())
+        except FormParserError as error:
+            raise Problem("form-invalid", "The boundary of the form is too long.") from error
+
+    async def receive(self, stream: AsyncIterator[bytes]) -> None:
+        """Receive the whole body; raises as `received_form` does."""
+        async for chunk in stream:
+            try:
+                self._parser.write(chunk)
+            except FormParserError as error:
+                raise Problem("form-invalid", "The body is no valid multipart form.") from error
+            # The parser calls back within write(), where nothing can be awaited.
+            events, self._events = self._events, []
+            for event, data in events:
+                await self._take(event, data)
+        if not self._complete:
+            raise Problem("form-invalid", "The form ends before its last boundary.")
+
+    def _callbacks(self) -> "MultipartCallbacks":
+        def with_data(event: str) -> Callable[[bytes, int, int], None]:
+            return lambda data, start, end: self._events.append((event, data[start:end]))
+
+        def without_data(event: str) -> Callable[[], None]:
+            return lambda: self._events.append((event, b""))
+
+        return {
+            "on_header_field": with_data("header_field"),
+            "on_header_value": with_data("header_value"),
+            "on_header_end": without_data("header_end"),
+            "on_headers_finished": without_data("headers_finished"),
+            "on_part_data": with_data("part_data"),
+            "on_part_end": without_data("part_end"),
+            "on_end": without_data("end"),
+        }
+
+    async def _take(self, event: str, data: bytes) -> None:
+        match event:
+            case "part_data":
+                assert self._part is not None
+                await self._part.write(data)
+            case "header_field":
+                self._header_name += data
+            case "header_value":
+                self._header_value += data
+            case "header_end":
+                self._part_headers[self._header_name.lower()] = self._header_value
+                self._header_name = self._header_value = b""
+            case "headers_finished":
+                self._part = self._begin_part()
+                self._part_headers = {}
+            case "part_end":
+                assert self._part is not None
+                await self._part.finish(self.form)
+            case "end":
+                self._complete = True
+
+    def _begin_part(self) -> "_FilePart | _TextPart":
+        """Open the part that the headers read so far describe (RFC 7578 §4.2)."""
+        _, parameters = parse_options_header(self._part_headers.get(b"content-disposition"))
+        name = parameters.get(b"name", b"").decode(errors="replace")
+        is_file = b"filename" in parameters
+        if name in self._names:
+            raise Problem("field-duplicate", f"The form has {name} twice.")
+        self._names.add(name)
+        for slot in SLOTS:
+            if name == slot:
+                if not is_file:
+                    raise Problem(f"{slot}-invalid", f"{slot} must be a file, not a text.")
+                self.parts.append(_FilePart(slot, self._folder / uuid.uuid4().hex))
+                return self.parts[-1]
+        if name not in _TEXT_FIELDS:
+            raise Problem(
+                "field-unknown",
+                f"There is no field {name[:64]!r}; a chatt has name (or username), message, image"
+                " and video.",
+            )
+        if is_file:
+            raise Problem(f"{_TEXT_FIELDS[name]}-invalid", f"{name} must be a text, not a file.")
+        return _TextPart(name)
+
+
+class _FilePart:
+    """A file while it arrives."""
+
+    def __init__(self, slot: Slot, path: Path) -> None:
+        self.path = path
+        self._slot = slot
+        self._size = 0
+        self._kind: Kind | None = None
+        self._buffer = bytearray()
+        self._file: BinaryIO | None = None
+
+    async def write(self, data: bytes) -> None:
+        """Take the next bytes; what passes the limit is never written."""
+        self._size += len(data)
+        if self._size > settings.MEDIA_MAX_SIZE:
+            raise Problem(
+                f"{self._slot}-too-large",
+                f"{self._slot} is larger than the limit of {settings.MEDIA_MAX_SIZE} bytes.",
+            )
+        self._buffer += data
+        if self._kind is None and len(self._buffer) >= SNIFF_SIZE:
+            self._kind = self._recognise()
+        if len(self._buffer) >= _WRITE_SIZE:
+            await to_thread.run_sync(self._flush)
+
+    async def finish(self, form: Form) -> None:
+        """Take the end of the part: the file is durable then, and in `form`."""
+        if not self._size:
+            raise Problem(f"{self._slot}-invalid", f"{self._slot} is empty; leave the part out.")
+        kind = self._kind or self._recognise()
+        await to_thread.run_sync(self._flush_and_sync)
+        form.files[self._slot] = (self.path, kind)
+
+    def close(self) -> None:
+        """Give the file back to the system."""
+        if self._file is not None:
+            self._file.close()
+
+    def _recognise(self) -> Kind:
+        kind = sniff(bytes(self._buffer[:SNIFF_SIZE]))
+        if kind is None or kind.slot != self._slot:
+            accepted = _ACCEPTED[self._slot]
+            raise Problem(f"{self._slot}-unsupported", f"{self._slot} is not {accepted}.")
+        return kind
+
+    def _flush(self) -> None:
+        if self._file is None:
+            self._file = self.path.open("xb")
+        self._file.write(self._buffer)
+        self._buffer.clear()
+
+    def _flush_and_sync(self) -> None:
+        self._flush()
+        assert self._file is not None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+class _TextPart:
+    """A text while it arrives."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._buffer = bytearray()
+
+    async def write(self, data: bytes) -> None:
+        """Take the next bytes, in memory."""
+        self._buffer += data
+        if len(self._buffer) > settings.JSON_MAX_SIZE:
+            raise Problem(
+                "body-too-large",
+                f"{self._name} is larger than the limit of {settings.JSON_MAX_SIZE} bytes.",
+            )
+
+    async def finish(self, form: Form) -> None:
+        """Take the end of the part: the text is in `form` then."""
+        try:
+            form.fields[self._name] = self._buffer.decode()
+        except UnicodeDecodeError as error:
+            raise Problem(
+                f"{_TEXT_FIELDS[self._name]}-invalid", f"{self._name} must be UTF-8 text."
+            ) from error

@@ -1,0 +1,160 @@
+"""Every error a client can meet, and the one place that turns them into answers.
+
+An error is a `Problem` with a stable code from `CATALOGUE`; its answer is
+`application/problem+json` (RFC 9457, contract §3).
+"""
+
+import errno
+import http
+import logging
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ExceptionHandler
+
+logger = logging.getLogger(__name__)
+
+CATALOGUE: Final[Mapping[str, int]] = {
+    "host-not-allowed": 400,
+    "name-too-long": 400,
+    "message-too-long": 400,
+    "not-found": 404,
+    "method-not-allowed": 405,
+    "request-timeout": 408,
+    "body-too-large": 413,
+    "image-too-large": 413,
+    "video-too-large": 413,
+    "image-unsupported": 415,
+    "video-unsupported": 415,
+    "range-not-satisfiable": 416,
+    "json-invalid": 422,
+    "form-invalid": 422,
+    "field-unknown": 422,
+    "field-duplicate": 422,
+    "name-missing": 422,
+    "name-invalid": 422,
+    "name-blank": 422,
+    "name-ambiguous": 422,
+    "message-missing": 422,
+    "message-invalid": 422,
+    "image-invalid": 422,
+    "video-invalid": 422,
+    "internal-error": 500,
+    "llm-unreachable": 502,
+    "llm-busy": 503,
+    "database-unavailable": 503,
+    "storage-full": 507,
+}
+"""Each code a problem can carry, with its status. Codes never change their meaning."""
+
+# Python's phrases are those of RFC 7231 until 3.13; these two were renamed by RFC 9110.
+_TITLES: Final = {413: "Content Too Large", 422: "Unprocessable Content"}
+
+
+class Problem(Exception):  # noqa: N818 - RFC 9457 names it so
+    """Raised anywhere below a view to answer with an error.
+
+    `code` is one of `CATALOGUE` and decides the status; `detail` is a sentence for the person
+    who wrote the request: which field, what is wrong, what would be right.
+    """
+
+    def __init__(self, code: str, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.status = CATALOGUE[code]
+        self.detail = detail
+        self.headers = headers
+
+
+class DatabaseUnavailable(Problem):
+    """The database is away, overloaded or shutting down.
+
+    `maybe_committed` tells that the connection broke while a commit was under way: the rows may
+    be there.
+    """
+
+    def __init__(self, *, maybe_committed: bool = False) -> None:
+        super().__init__(
+            "database-unavailable",
+            "The database does not answer at the moment; try again in a moment.",
+            {"Retry-After": "1"},
+        )
+        self.maybe_committed = maybe_committed
+
+
+class BrokenAnswer(Exception):  # noqa: N818 - named for what it leaves
+    """An answer that has begun cannot be finished. The message is for the log.
+
+    The connection is closed, so that the client does not take the part for the whole.
+    """
+
+
+def problem_response(problem: Problem, request_id: str) -> Response:
+    """Return `problem` as the client sees it (contract §3)."""
+    title = _TITLES.get(problem.status) or http.HTTPStatus(problem.status).phrase
+    body = {
+        "type": "about:blank",
+        "title": title,
+        "status": problem.status,
+        "detail": problem.detail,
+        "code": problem.code,
+        "request_id": request_id,
+    }
+    return Response(
+        msgspec.json.encode(body),
+        problem.status,
+        problem.headers,
+        media_type="application/problem+json",
+    )
+
+
+def _respond(request: Request, problem: Problem) -> Response:
+    return problem_response(problem, request.scope["state"]["request_id"])
+
+
+async def _problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return _respond(request, error)
+
+
+async def _framework_error(request: Request, error: Exception) -> Response:
+    """Turn what Starlette's router raises, 404 and 405, into a problem."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == http.HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = (error.headers or {}).get("Allow", "")
+        detail = f"This address does not answer {request.method}; it answers {allowed}."
+        return _respond(request, Problem("method-not-allowed", detail, error.headers))
+    return _respond(request, Problem("not-found", "There is nothing at this address."))
+
+
+async def _client_left(_request: Request, _error: Exception) -> Response:
+    """Answer nobody: the client went away before its request was complete."""
+    return Response(status_code=400)
+
+
+async def _os_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, OSError)
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        logger.error("No room left in the media folder: %s", error.strerror)
+        return _respond(request, Problem("storage-full", "The server has no room for this file."))
+    logger.error("Failed on a file", exc_info=error)
+    return await _internal_error(request, error)
+
+
+async def _internal_error(request: Request, _error: Exception) -> Response:
+    """Answer 500; Starlette raises the error again, so the server logs it with its traceback."""
+    detail = "Something went wrong on the server; its log tells more under this request_id."
+    return _respond(request, Problem("internal-error", detail))
+
+
+exception_handlers: Final[Mapping[type[Exception], ExceptionHandler]] = {
+    Problem: _problem,
+    HTTPException: _framework_error,
+    ClientDisconnect: _client_left,
+    OSError: _os_error,
+    Exception: _internal_error,
+}

@@ -1,0 +1,85 @@
+"""What one process holds while it serves: made at start, given back at stop."""
+
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TypedDict
+
+import httpx2
+from anyio import to_thread
+from sqlalchemy.engine import URL
+from starlette.applications import Starlette
+
+from chatterd import settings
+from chatterd.database import Database
+from chatterd.feed import Feed
+from chatterd.media import MediaStore
+from chatterd.writer import Writer
+
+logger = logging.getLogger(__name__)
+
+_LLM_CONNECT_SECONDS = 5.0
+_LLM_MAX_CONNECTIONS = 100
+
+
+class StartError(Exception):
+    """The server cannot start. The message is for the operator: what is wrong, what to do."""
+
+
+class State(TypedDict):
+    """The lifespan state, as views find it in `request.state`; nothing of it outlives the loop."""
+
+    database: Database
+    writer: Writer
+    feed: Feed
+    media: MediaStore
+    llm: httpx2.AsyncClient
+
+
+def lifespan(
+    database_url: URL | None,
+) -> Callable[[Starlette], AbstractAsyncContextManager[Mapping[str, object]]]:
+    """Return the application's lifespan on the database at `database_url`.
+
+    Entering it raises `StartError` or `SchemaError` when the server must not start.
+    """
+
+    @asynccontextmanager
+    async def context(_app: Starlette) -> AsyncIterator[Mapping[str, object]]:
+        if database_url is None:
+            raise StartError(
+                "DATABASE_URL is not set. Set it, or run: chatterd serve, which brings a database."
+            )
+        media = MediaStore(settings.MEDIA_ROOT)
+        try:
+            await to_thread.run_sync(media.prepare)
+        except OSError as error:
+            raise StartError(
+                f"MEDIA_ROOT, {settings.MEDIA_ROOT}, cannot be written: {error.strerror}."
+            ) from error
+        database = Database(database_url)
+        try:
+            await database.require_schema()
+            async with _llm_client() as llm:
+                yield State(
+                    database=database,
+                    writer=Writer(database),
+                    feed=Feed(database),
+                    media=media,
+                    llm=llm,
+                )
+        finally:
+            await database.aclose()
+
+    return context
+
+
+def _llm_client() -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(
+        base_url=settings.OLLAMA_URL,
+        # A model may think for minutes before its first word.
+        timeout=httpx2.Timeout(None, connect=_LLM_CONNECT_SECONDS, pool=_LLM_CONNECT_SECONDS),
+        limits=httpx2.Limits(max_connections=_LLM_MAX_CONNECTIONS),
+        # The address is the operator's choice; proxies of the environment have no say in it.
+        trust_env=False,
+    )

@@ -1,0 +1,19 @@
+"""The API's table of contents."""
+
+from starlette.routing import Route
+
+from chatterd import views
+
+_ENDPOINTS = {
+    "/getchatts": views.GetChatts,
+    "/postchatt": views.PostChatt,
+    "/getimages": views.GetImages,
+    "/postimages": views.PostImages,
+    "/media/{key}": views.Media,
+    "/llmprompt": views.LLMPrompt,
+}
+
+# Both forms answer directly: some clients do not follow a redirect of a POST (contract §1).
+routes = [
+    Route(path + slash, endpoint) for path, endpoint in _ENDPOINTS.items() for slash in ("", "/")
+]

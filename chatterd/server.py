@@ -1,0 +1,122 @@
+"""Serving the application with Hypercorn: sockets, TLS, start and stop."""
+
+import asyncio
+import signal
+import socket
+import ssl
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import hypercorn.asyncio
+from hypercorn.config import Config
+from hypercorn.utils import LifespanFailureError
+from starlette.types import Message, Receive, Scope, Send
+
+from chatterd.edge import Edge
+from chatterd.lifespan import StartError
+
+# Ctrl-C stops everything within 3 seconds; the embedded database needs its part of them.
+_GRACE_SECONDS: Final = 1.5
+_STOP_SECONDS: Final = 2.2
+_BACKLOG: Final = 1024
+
+
+class Address(NamedTuple):
+    """Where to listen. Port 0 takes a free one. TLS where both files are given."""
+
+    host: str
+    port: int
+    certfile: Path | None = None
+    keyfile: Path | None = None
+
+
+def listen(address: Address) -> socket.socket:
+    """Return a socket that listens at `address`; raises `StartError` where that is impossible."""
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    try:
+        return socket.create_server((address.host, address.port), family=family, backlog=_BACKLOG)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StartError(
+            f"Cannot listen on {address.host} port {address.port}: {reason}."
+        ) from error
+
+
+def url_of(listener: socket.socket, address: Address) -> str:
+    """Return the URL under which `listener` answers."""
+    host, port = listener.getsockname()[:2]
+    scheme = "https" if address.certfile else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+async def serve(
+    app: Edge, listener: socket.socket, address: Address, on_ready: Callable[[], None]
+) -> None:
+    """Serve `app` until SIGINT or SIGTERM; `on_ready` is called when requests will be answered.
+
+    Requests under way get a moment to finish. Raises whatever the application's lifespan raises
+    at start.
+    """
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(name, stopping.set)
+
+    async def announced_app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def announcing_send(message: Message) -> None:
+            await send(message)
+            if message["type"] == "lifespan.startup.complete":
+                on_ready()
+
+        await app(scope, receive, announcing_send if scope["type"] == "lifespan" else send)
+
+    async def stop() -> None:
+        await stopping.wait()
+        await app.finish_requests(_GRACE_SECONDS)
+
+    server = asyncio.create_task(
+        hypercorn.asyncio.serve(announced_app, _config(listener, address), shutdown_trigger=stop)  # type: ignore[arg-type] # its own ASGI types
+    )
+    stopped = asyncio.create_task(stopping.wait())
+    await asyncio.wait({server, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    # A client that neither reads nor leaves can keep Hypercorn waiting for ever.
+    _, late = await asyncio.wait({server}, timeout=_STOP_SECONDS)
+    for task in (stopped, *late):
+        task.cancel()
+    try:
+        with suppress(asyncio.CancelledError):
+            await server
+    except LifespanFailureError as error:
+        # What the lifespan raised; the rest is a wrapping of its traceback as text.
+        raise error.__context__ or error from None
+
+
+def _config(listener: socket.socket, address: Address) -> Config:
+    config = Config()
+    config.bind = [f"fd://{listener.detach()}"]  # Hypercorn's from here on
+    config.loglevel = "WARNING"  # the start is announced in our own words
+    config.include_server_header = False
+    config.graceful_timeout = 0.5  # requests had their time before
+    # Longer than a proxy keeps idle connections, or it would send into a closing one.
+    config.keep_alive_timeout = 75
+    if address.certfile:
+        config.certfile = str(address.certfile)
+        config.keyfile = str(address.keyfile)
+    return config
+
+
+def check_tls(address: Address) -> None:
+    """Raise `StartError` unless the certificate and its key can be read and belong together."""
+    if (address.certfile is None) != (address.keyfile is None):
+        raise StartError("TLS needs both --certfile and --keyfile.")
+    if address.certfile is None:
+        return
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+            address.certfile, address.keyfile
+        )
+    except (OSError, ssl.SSLError) as error:
+        reason = error.strerror or error
+        raise StartError(f"The certificate or its key cannot be used: {reason}.") from error

@@ -1,0 +1,103 @@
+"""The HTTP endpoints: each decodes, validates, does one unit of work, and responds."""
+
+from collections.abc import AsyncIterator
+
+from starlette.endpoints import HTTPEndpoint
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from chatterd import settings
+from chatterd.bodies import received_bytes, received_form
+from chatterd.errors import BrokenAnswer, DatabaseUnavailable
+from chatterd.lifespan import State
+from chatterd.llm import LLMResponse
+from chatterd.schemas import draft_from_fields, draft_from_json, image_row_json, row_json
+
+
+class GetChatts(HTTPEndpoint):
+    """The whole feed as rows of four (contract §1)."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer an array of `[name, message, id, time]`, oldest first."""
+        return await _json_stream(request.state["feed"].json(row_json))
+
+
+class PostChatt(HTTPEndpoint):
+    """Posting a text (contract §1)."""
+
+    async def post(self, request: Request[State]) -> Response:
+        """Store the chatt in the JSON body; answer `{}` once it is committed."""
+        limit = settings.JSON_MAX_SIZE
+        draft = draft_from_json(await received_bytes(request.headers, request.stream(), limit))
+        await request.state["writer"].post(draft)
+        return _done()
+
+
+class GetImages(HTTPEndpoint):
+    """The whole feed as rows of six, with the addresses of pictures and videos (contract §1)."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer an array of `[name, message, id, time, imageurl, videourl]`, oldest first."""
+        base = settings.PUBLIC_URL or f"{request.url.scheme}://{request.headers['host']}"
+        media_url = f"{base}/media/"
+        rows = request.state["feed"].json(lambda row: image_row_json(row, media_url))
+        return await _json_stream(rows)
+
+
+class PostImages(HTTPEndpoint):
+    """Posting a text with a picture, a video or both (contract §1)."""
+
+    async def post(self, request: Request[State]) -> Response:
+        """Store the multipart form's files and chatt; answer `{}` once both are durable."""
+        media, writer = request.state["media"], request.state["writer"]
+        async with received_form(request.headers, request.stream(), media.incoming) as form:
+            draft = draft_from_fields(form.fields)
+            # The files come first: a chatt never names one that is not there.
+            keys = await media.keep(form.files, draft.name)
+            try:
+                await writer.post(draft, keys.get("image"), keys.get("video"))
+            except Exception as error:
+                # After a broken commit nobody knows whether the chatt is there; a file too many
+                # is the lesser harm.
+                if not (isinstance(error, DatabaseUnavailable) and error.maybe_committed):
+                    await media.forget(keys.values())
+                raise
+        return _done()
+
+
+class Media(HTTPEndpoint):
+    """The stored pictures and videos (contract §1)."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer the file, or the range of it that is asked for."""
+        key = request.path_params["key"]
+        return await request.state["media"].response(key, request.method, request.headers)
+
+
+class LLMPrompt(HTTPEndpoint):
+    """Asking the language model that the operator runs (contract §1)."""
+
+    async def post(self, request: Request[State]) -> Response:
+        """Pass the body to Ollama, and its answer back line by line as it arrives."""
+        limit = settings.MEDIA_MAX_SIZE  # prompts may hold pictures
+        prompt = await received_bytes(request.headers, request.stream(), limit)
+        return LLMResponse(request.state["llm"], prompt)
+
+
+def _done() -> Response:
+    return Response(b"{}", media_type="application/json")
+
+
+async def _json_stream(parts: AsyncIterator[bytes]) -> Response:
+    """Answer with JSON that comes in parts; what fails before the first one is still an error."""
+    first = await anext(parts)
+
+    async def all_parts() -> AsyncIterator[bytes]:
+        yield first
+        try:
+            async for part in parts:
+                yield part
+        except DatabaseUnavailable as error:
+            raise BrokenAnswer("The database went away within the feed") from error
+
+    return StreamingResponse(all_parts(), media_type="application/json")

@@ -1,0 +1,1 @@
+"""The process: start, stop, TLS, and what only a real server shows."""
