@@ -1,13 +1,14 @@
 """Serving the application with Hypercorn: sockets, TLS, start and stop."""
 
 import asyncio
+import logging
 import signal
 import socket
 import ssl
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import hypercorn.asyncio
 from hypercorn.config import Config
@@ -16,6 +17,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from chatterd.edge import Edge
 from chatterd.lifespan import StartError
+
+logger = logging.getLogger(__name__)
 
 # Ctrl-C stops everything within 3 seconds; the embedded database needs its part of them.
 _GRACE_SECONDS: Final = 1.5
@@ -61,6 +64,7 @@ async def serve(
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_log_loop_error)
     for name in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(name, stopping.set)
 
@@ -93,14 +97,23 @@ async def serve(
         raise error.__context__ or error from None
 
 
+def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log in one line what a client did to its own connection, such as sending on after its end."""
+    if "client_connected_cb" in context["message"]:
+        logger.warning("A connection ended in an error: %r", context.get("exception"))
+    else:
+        loop.default_exception_handler(context)
+
+
 def _config(listener: socket.socket, address: Address) -> Config:
     config = Config()
     config.bind = [f"fd://{listener.detach()}"]  # Hypercorn's from here on
     config.loglevel = "WARNING"  # the start is announced in our own words
     config.include_server_header = False
     config.graceful_timeout = 0.5  # requests had their time before
-    # Longer than a proxy keeps idle connections, or it would send into a closing one.
-    config.keep_alive_timeout = 75
+    # Also the time a request's head may take, and how long Hypercorn holds on to the connection
+    # of a client that has left between two requests.
+    config.keep_alive_timeout = 5
     if address.certfile:
         config.certfile = str(address.certfile)
         config.keyfile = str(address.keyfile)

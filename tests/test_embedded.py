@@ -260,6 +260,14 @@ def test_a_server_that_does_not_start_is_quoted(kept: Path) -> None:
     assert running(kept) == []
 
 
+def test_a_server_that_refuses_us_is_quoted(folder: Path) -> None:
+    with postgres(folder, options=FAST) as url:
+        query(url.replace("/chatterd?", "/template1?"), "DROP DATABASE chatterd")
+    with pytest.raises(EmbeddedPostgresError, match=r'refuses chatterd: database "chatterd" does'):
+        postgres(folder, options=FAST).__enter__()
+    assert running(folder) == []
+
+
 def test_no_text_of_a_user_reaches_the_log(folder: Path) -> None:
     with postgres(folder, options=FAST) as url:
         query(url, "CREATE TABLE t (message text UNIQUE CHECK (length(message) < 20))")

@@ -36,11 +36,12 @@ async def connect(url: str) -> AsyncIterator[asyncpg.Connection]:
 
 async def migrate(url: str, revision: str = "head") -> list[str]:
     """Return the lines that the migration printed."""
-    printed = io.StringIO()
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # alembic asks for the encoding
     config = alembic_config(url, printed)
     run: Callable[..., None] = command.downgrade if revision == "base" else command.upgrade
     await asyncio.to_thread(run, config, revision)
-    return printed.getvalue().splitlines()
+    printed.seek(0)
+    return printed.read().splitlines()
 
 
 async def what_is_there(db: asyncpg.Connection) -> list[str]:
@@ -103,7 +104,6 @@ async def test_the_alembic_command_takes_the_database_from_the_environment(
     await tutorial(db, TUTORIAL, [("ann", "hi", None, None)])
     done = await asyncio.to_thread(alembic, empty_database, "upgrade", "head")
     assert done.returncode == 0, done.stderr
-    assert "is_there" not in done.stdout
     assert done.stdout.endswith("chatts: adopted 1 rows, 1 repaired\n")
     assert await db.fetchval("SELECT name FROM chatts") == "ann"
 
@@ -440,8 +440,10 @@ async def test_a_media_url_becomes_its_key(
             "DROP RULE r ON chatts;",
         ),
         (
-            f"CREATE TABLE chatts ({TUTORIAL}); CREATE TRIGGER t BEFORE UPDATE ON chatts FOR ROW"
-            " EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+            (
+                f"CREATE TABLE chatts ({TUTORIAL}); CREATE TRIGGER t BEFORE UPDATE ON chatts"
+                " FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()"
+            ),
             "DROP TRIGGER t ON chatts;",
         ),
         (
@@ -453,8 +455,10 @@ async def test_a_media_url_becomes_its_key(
             "DROP VIEW v;",
         ),
         (
-            f"CREATE TABLE chatts ({TUTORIAL}, UNIQUE (id));"
-            " CREATE TABLE likes (chatt uuid REFERENCES chatts (id))",
+            (
+                f"CREATE TABLE chatts ({TUTORIAL}, UNIQUE (id));"
+                " CREATE TABLE likes (chatt uuid REFERENCES chatts (id))"
+            ),
             "ALTER TABLE likes DROP CONSTRAINT likes_chatt_fkey;",
         ),
     ],
@@ -570,7 +574,8 @@ async def test_the_first_and_the_last_time_can_be_stored(log: asyncpg.Connection
         " VALUES ('n', 'm', '0001-01-01 00:00Z'), ('n', 'm', '9999-12-31 23:59:59.999999Z')"
     )
     rows = await log.fetch("SELECT time FROM chatts ORDER BY time")
-    assert [time.replace(tzinfo=None) for (time,) in rows] == [datetime.min, datetime.max]
+    bounds = [datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)]
+    assert [time for (time,) in rows] == bounds
 
 
 async def test_feed_keeps_one_row(log: asyncpg.Connection) -> None:
