@@ -402,12 +402,13 @@ def _accepts(data: Path, sockets: Path) -> bool:
             client.sendall(hello + goodbye)
             while received := client.recv(4096):  # To the end, or the log has a line about us.
                 said += received
-    if said.startswith(b"E"):
+    ready_for_query = b"Z" + struct.pack("!i", 5) + b"I"
+    if said and not said.endswith(ready_for_query):
         message = said.partition(b"\0M")[2].partition(b"\0")[0].decode(errors="replace")
         raise EmbeddedPostgresError(
             f"PostgreSQL in {data} runs but refuses {ROLE}: {message}; mend that with psql"
         )
-    return said.startswith(b"R")
+    return bool(said)
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:

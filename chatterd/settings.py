@@ -158,9 +158,9 @@ JSON_MAX_SIZE: int = _setting(
 )
 MEDIA_MAX_SIZE: int = _setting(
     "MEDIA_MAX_SIZE",
-    _integer(1024, 2**40),
+    _integer(1, 2**40),
     "10485760",
-    right="a number of bytes, 1024 to 1099511627776",
+    right="a number of bytes, 1 to 1099511627776",
 )
 UPLOAD_TIMEOUT: int = _setting(
     "UPLOAD_TIMEOUT", _integer(1, 86_400), "300", right="a number of seconds, 1 to 86400"

@@ -101,14 +101,11 @@ def form_type(boundary: str = BOUNDARY) -> dict[str, str]:
     return {"Content-Type": f"multipart/form-data; boundary={boundary}"}
 
 
-def problem(response: Response, status: int, *, body: bool = True) -> str:
+def problem(response: Response, status: int) -> str:
     """Check that this answer is the problem document of that status; return its detail."""
     assert response.status_code == status, response.content
     assert response.headers["content-type"] == "application/problem+json"
     assert int(response.headers["content-length"]) > 0
-    if not body:
-        assert response.content == b""
-        return ""
     document = json.loads(response.content)
     assert set(document) == {"type", "title", "status", "detail", "code", "request_id"}
     assert document["status"] == status
@@ -116,12 +113,25 @@ def problem(response: Response, status: int, *, body: bool = True) -> str:
     texts = [document[key] for key in ("type", "title", "detail", "code")]
     assert all(isinstance(text, str) and text.strip() for text in texts), document
     assert document["type"] == "about:blank"
+    assert document["title"] == TITLES[status]
     assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", document["code"]), document
     assert not LEAKS.search(response.content.decode()), document
     detail = document["detail"]
     assert isinstance(detail, str)
     return detail
 
+
+# With `about:blank` the title is the status's own phrase (RFC 9457 §4.2.1, RFC 9110 §15).
+TITLES = {
+    400: "Bad Request",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    413: "Content Too Large",
+    415: "Unsupported Media Type",
+    416: "Range Not Satisfiable",
+    422: "Unprocessable Content",
+    502: "Bad Gateway",
+}
 
 # An exception's name, SQL, a column's type, a file's path, a traceback.
 LEAKS = re.compile(

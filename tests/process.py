@@ -1,13 +1,55 @@
-"""A real `chatterd serve` process, as the tests start it."""
+"""Real `chatterd` processes, as the tests start them."""
 
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 STOP_SECONDS = 20
+DEADLINE_SECONDS = 30
+
+
+def run(
+    folder: Path, *arguments: str, program: str = "chatterd", **settings: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `chatterd` (or another module) in a working directory until it ends by itself."""
+    return subprocess.run(
+        [sys.executable, "-m", program, *arguments],
+        cwd=folder,
+        env=environment(folder, **settings),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+        check=False,
+    )
+
+
+def environment(folder: Path, **settings: str) -> dict[str, str]:
+    """What a program gets of ours: nothing but the settings that the test names."""
+    return {"PATH": os.environ["PATH"], "HOME": str(folder)} | settings
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Check that the program ended with one line for the operator, which holds these words."""
+    assert (done.returncode, done.stdout) == (1, ""), done
+    assert done.stderr.startswith("chatterd: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.endswith("\n"), done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for what another process does."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
 
 
 class Server:
@@ -24,7 +66,7 @@ class Server:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "chatterd", "serve", "--port", "0", *options],
             cwd=folder,
-            env={"PATH": os.environ["PATH"], "HOME": str(folder)} | settings,
+            env=environment(folder, **settings),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -1,0 +1,79 @@
+"""The documentation is true."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from chatterd.errors import CATALOGUE
+from tests import samples
+from tests.ollama import FakeOllama, lines
+from tests.process import Server
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def table_rows(text: str) -> list[list[str]]:
+    rows = re.findall(r"^\|(.*)\|$", text, re.MULTILINE)
+    return [[cell.strip() for cell in row.split("|")] for row in rows]
+
+
+def console_examples() -> list[tuple[str, str]]:
+    """The README's commands, each with what it is said to print."""
+    blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    return re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", "".join(blocks), re.MULTILINE)
+
+
+def without_chance(text: str) -> str:
+    """`text` without what differs each time."""
+    text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", "TIME", text)
+    text = re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}", "ID", text)
+    return text.strip()
+
+
+async def test_each_command_of_the_readme_prints_what_the_readme_says(
+    client: httpx2.AsyncClient, server: Server, ollama: FakeOllama, tmp_path: Path
+) -> None:
+    assert client.base_url == server.url  # the fixture has emptied the feed
+    (tmp_path / "photo.jpg").write_bytes(samples.JPEG)
+    examples = console_examples()
+    assert len(examples) == 7
+    for command, expected in examples:
+        printed = subprocess.run(
+            ["/bin/sh", "-c", command.replace("http://127.0.0.1:8000", server.url)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        ).stdout
+        wanted = expected.replace("http://127.0.0.1:8000", server.url)
+        if "/llmprompt" in command:  # a model says something else each time; the stand-in does not
+            wanted = b"".join(lines("Why is the sky blue?")).decode()
+        assert without_chance(printed) == without_chance(wanted), command
+    assert (tmp_path / "copy.jpg").read_bytes() == samples.JPEG
+    assert ollama.path == "/api/generate"
+
+
+def test_the_error_codes_of_the_documentation_are_those_of_the_server() -> None:
+    rows = table_rows((ROOT / "docs" / "errors.md").read_text())
+    documented = {row[0].strip("`"): int(row[1]) for row in rows if row[1].isdigit()}
+    assert documented == CATALOGUE
+
+
+def test_the_settings_of_the_readme_are_those_of_the_example_file_with_their_defaults() -> None:
+    section = README.partition("## Settings")[2].partition("\n## ")[0]
+    documented = {row[0].strip("`"): row[1].strip("`") for row in table_rows(section)}
+    del documented["setting"], documented["---"]
+    example = re.findall(r"^([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    assert documented == dict(example)
+
+
+@pytest.mark.parametrize(
+    "path", re.findall(r"\]\(([^)#:]+)\)|`((?:chatterd|docs|tests|alembic)/[\w./]+)`", README)
+)
+def test_each_file_that_the_readme_names_is_there(path: tuple[str, str]) -> None:
+    assert (ROOT / "".join(path)).exists()
