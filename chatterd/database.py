@@ -24,16 +24,21 @@ from chatterd.errors import DatabaseUnavailable
 
 logger = logging.getLogger(__name__)
 
-# SQLSTATE classes (PostgreSQL manual, appendix A) that pass without anybody changing the request
-# or the schema: connection lost, transaction rolled back by the server, read-only standby, out
-# of resources, lock or server not ready, cancelled by a time limit, file system trouble.
-_PASSING_CLASSES: Final = {"08", "25", "40", "53", "55", "57", "58"}
-# Wrong password or role, no such database: somebody has to change something.
-_REFUSED_CLASSES: Final = {"28", "3D"}
+# SQLSTATEs (PostgreSQL manual, appendix A) that are no fault of the request's: connection lost,
+# read-only standby, transaction rolled back by the server, out of resources, lock or server not
+# ready, cancelled by a time limit, file system trouble; and what a running server meets while
+# somebody restores its database: no such role, database, schema, table.
+_UNAVAILABLE: Final = ("08", "25", "40", "53", "55", "57", "58", "28", "3D", "3F", "42P01")
+# At the start, somebody has to change a setting.
+_REFUSED: Final = ("28", "3D")
 
 
 class SchemaError(Exception):
     """The database is not what this version of chatterd works on. The message says what to do."""
+
+
+# A refused connection is a plain OSError, not one of SQLAlchemy's.
+_TROUBLE: Final = (OSError, exc.TimeoutError, exc.DBAPIError, SchemaError)
 
 
 class Database:
@@ -43,10 +48,10 @@ class Database:
     """
 
     def __init__(self, url: URL) -> None:
-        self.url = url
-        self.engine = _create_engine(url)
-        self._sessions = async_sessionmaker(self.engine, expire_on_commit=False)
+        self._engine = _create_engine(url)
+        self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
         self._schema_is_head = False
+        self._is_away = False
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncSession]:
@@ -62,15 +67,13 @@ class Database:
                 yield session
                 committing = True
                 await session.commit()
-        # A refused connection is a plain OSError, not one of SQLAlchemy's.
-        except (OSError, exc.TimeoutError, exc.DBAPIError) as error:
-            if not _is_passing(error):
+        except _TROUBLE as error:
+            if not _is_unavailable(error):
                 raise
-            logger.warning("The database is not available: %s", _reason(error))
+            self._schema_is_head = False  # it may be another database when it comes back
+            self._note_away(str(error) if isinstance(error, SchemaError) else _reason(error))
             raise DatabaseUnavailable(maybe_committed=committing) from error
-        except SchemaError as error:
-            logger.error("%s", error)  # noqa: TRY400 - the sentence says it all
-            raise DatabaseUnavailable from error
+        self._note_back()
 
     async def require_schema(self) -> None:
         """Raise `SchemaError` unless the schema is the one this version works on.
@@ -78,18 +81,16 @@ class Database:
         A database that is away is no error: it is asked again before the first unit of work.
         """
         try:
-            async with self.transaction():
-                pass
-        except DatabaseUnavailable as error:
-            cause = error.__cause__
-            if isinstance(cause, SchemaError):
-                raise cause from None
-        except exc.DBAPIError as error:
-            raise SchemaError(f"The database refuses the connection: {_reason(error)}.") from error
+            async with self._sessions() as session:
+                await self._require_head(session)
+        except (OSError, exc.SQLAlchemyError) as error:
+            if not _is_unavailable(error) or _sqlstate(error).startswith(_REFUSED):
+                raise _refusal(error) from error
+            self._note_away(_reason(error))
 
     async def aclose(self) -> None:
         """Close every connection."""
-        await self.engine.dispose()
+        await self._engine.dispose()
 
     async def _require_head(self, session: AsyncSession) -> None:
         if self._schema_is_head:
@@ -104,6 +105,17 @@ class Database:
                 f" chatterd works on {head}. Run: chatterd migrate"
             )
         self._schema_is_head = True
+
+    def _note_away(self, reason: str) -> None:
+        # Once, not for each of the requests that meet it.
+        if not self._is_away:
+            logger.error("Requests get 503, the database is not available: %s", reason)
+        self._is_away = True
+
+    def _note_back(self) -> None:
+        if self._is_away:
+            logger.info("The database is available again")
+        self._is_away = False
 
 
 def _create_engine(url: URL) -> AsyncEngine:
@@ -133,20 +145,25 @@ def _refuse_closed_connection(dbapi_connection: Any, _record: Any, _proxy: Any) 
         raise exc.DisconnectionError
 
 
-def _is_passing(error: Exception) -> bool:
-    if not isinstance(error, exc.DBAPIError):
-        return True
-    sqlstate = getattr(error.orig, "sqlstate", None)
-    if sqlstate is None:  # asyncpg's own: connection lost, wait for an answer given up
-        return True
-    return error.connection_invalidated or sqlstate[:2] in _PASSING_CLASSES
+def _sqlstate(error: Exception) -> str:
+    # asyncpg's own errors, a lost connection among them, have none.
+    return getattr(getattr(error, "orig", None), "sqlstate", None) or "08000"
+
+
+def _is_unavailable(error: Exception) -> bool:
+    """Tell whether `error` is the database's trouble and not the request's."""
+    return not isinstance(error, exc.DBAPIError) or _sqlstate(error).startswith(_UNAVAILABLE)
+
+
+def _refusal(error: Exception) -> SchemaError:
+    return SchemaError(f"The database of DATABASE_URL cannot be used: {_reason(error)}.")
 
 
 def _reason(error: Exception) -> str:
-    cause = getattr(error, "orig", None) or error
-    return (str(cause).splitlines() or [""])[0].removeprefix("<class 'asyncpg.exceptions.").rstrip(
-        "."
-    ) or (type(cause).__name__)
+    """Return the driver's words, without those that SQLAlchemy puts around them."""
+    cause: BaseException = getattr(error, "orig", None) or error
+    cause = cause.__cause__ or cause
+    return str(cause).rstrip(".") or type(cause).__name__
 
 
 def _current_revision(connection: Connection) -> str | None:
@@ -173,6 +190,12 @@ def head_revision() -> str | None:
 def migrate(url: URL) -> None:
     """Bring the database's schema to head, adopting a tutorial database found there.
 
-    Starts an event loop of its own: never call it inside one.
+    Starts an event loop of its own: never call it inside one. Raises `SchemaError` when the
+    database cannot be reached, `alembic.util.CommandError` when it cannot be brought to head.
     """
-    command.upgrade(alembic_config(url), "head")
+    try:
+        command.upgrade(alembic_config(url), "head")
+    except (OSError, exc.DBAPIError) as error:
+        if not _is_unavailable(error):
+            raise
+        raise _refusal(error) from error

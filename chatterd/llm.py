@@ -24,7 +24,7 @@ class LLMResponse(Response):
         self._client = client
         self._prompt = body
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         """Ask Ollama and pass on what it says."""
         failure: Problem | BrokenAnswer | None = None
         async with anyio.create_task_group() as tasks:

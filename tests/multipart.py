@@ -103,7 +103,7 @@ def form_type(boundary: str = BOUNDARY) -> dict[str, str]:
 
 def problem(response: Response, status: int) -> str:
     """Check that this answer is the problem document of that status; return its detail."""
-    assert response.status_code == status, response.content
+    assert response.status_code == status, response.content[:500]
     assert response.headers["content-type"] == "application/problem+json"
     assert int(response.headers["content-length"]) > 0
     document = json.loads(response.content)
@@ -113,7 +113,7 @@ def problem(response: Response, status: int) -> str:
     texts = [document[key] for key in ("type", "title", "detail", "code")]
     assert all(isinstance(text, str) and text.strip() for text in texts), document
     assert document["type"] == "about:blank"
-    assert document["title"] == TITLES[status]
+    assert document["title"] == TITLES[status], document
     assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", document["code"]), document
     assert not LEAKS.search(response.content.decode()), document
     detail = document["detail"]

@@ -22,7 +22,7 @@ from tests.multipart import (
 from tests.samples import JPEG, MP4
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     import httpx2
@@ -40,13 +40,13 @@ class Stored(NamedTuple):
 
 
 @pytest.fixture
-async def stored(client: httpx2.AsyncClient) -> AsyncIterator[Stored]:
+async def stored(client: httpx2.AsyncClient) -> Stored:
     """A video of SIZE bytes on the shared server."""
     form = encode(*fields(), video(DATA))
     assert (await client.post("/postimages", content=form, headers=form_type())).content == b"{}"
     (row,) = (await client.get("/getimages")).json()
     path = row[5].removeprefix(str(client.base_url).rstrip("/"))
-    yield Stored(path, (await client.get(path)).headers["etag"])
+    return Stored(path, (await client.get(path)).headers["etag"])
 
 
 async def test_a_file_is_served_with_every_header_of_the_contract(
