@@ -51,8 +51,12 @@ CATALOGUE: Final[Mapping[str, int]] = {
 }
 """Each code a problem can carry, with its status. Codes never change their meaning."""
 
-# Python's phrases are those of RFC 7231 until 3.13; these two were renamed by RFC 9110.
-_TITLES: Final = {413: "Content Too Large", 422: "Unprocessable Content"}
+# RFC 9110's; until 3.13, Python's phrases are those of earlier RFCs.
+_TITLES: Final = {
+    413: "Content Too Large",
+    416: "Range Not Satisfiable",
+    422: "Unprocessable Content",
+}
 
 
 class Problem(Exception):  # noqa: N818 - RFC 9457 names it so

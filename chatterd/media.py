@@ -95,8 +95,8 @@ def _brand_kind(head: bytes) -> Kind | None:
     size = int.from_bytes(head[:4])
     compatible = (head[i : i + 4] for i in range(16, min(size, len(head)) - 3, 4))
     brands = [head[8:12], *compatible]
-    # AVIF shares HEIF's structural brands; it is no format that the clients show.
-    if b"avif" in brands or b"avis" in brands:
+    # Files that name a brand of ours besides: AVIF, which the clients do not show, and audio.
+    if b"avif" in brands or b"avis" in brands or brands[0] in {b"M4A ", b"M4B ", b"M4P "}:
         return None
     return next((_BRANDS[brand] for brand in brands if brand in _BRANDS), None)
 
@@ -166,7 +166,8 @@ class MediaStore:
             if parse_etags(headers.get("if-none-match")).contains_weak(etag):
                 file.close()
                 return Response(status_code=304, headers=answer_headers)
-            span = _requested_span(headers, size, f'"{etag}"')
+            # RFC 9110 §14.2 defines Range for GET alone.
+            span = _requested_span(headers, size, f'"{etag}"') if method == "GET" else None
         except Problem:
             file.close()
             raise
@@ -209,16 +210,19 @@ def _requested_span(headers: Headers, size: int, etag: str) -> tuple[int, int] |
     What cannot be understood, and several ranges at once, count as no range: RFC 9110 §14.2
     allows a server to answer with the whole.
     """
-    wanted = parse_range_header(headers.get("range"))
-    if wanted is None or wanted.units != "bytes" or len(wanted.ranges) != 1:
-        return None
+    header = headers.get("range", "")
     # If-Range may also be a date, which no answer of ours has given anybody.
     if headers.get("if-range", etag) != etag:
         return None
-    start, stop = wanted.ranges[0]
-    if start < 0:
-        start = max(0, size + start)
-    stop = size if stop is None else min(stop, size)
+    wanted = parse_range_header(header)
+    if wanted is not None and wanted.units == "bytes" and len(wanted.ranges) == 1:
+        start, stop = wanted.ranges[0]
+        start = max(0, size + start) if start < 0 else start
+        stop = size if stop is None else min(stop, size)
+    elif re.fullmatch(r"bytes=-0+", header):  # the last 0 bytes; werkzeug takes it for malformed
+        start = stop = size
+    else:
+        return None
     if start >= stop:
         raise Problem(
             "range-not-satisfiable",

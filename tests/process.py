@@ -73,10 +73,13 @@ class Server:
             text=True,
         )
         assert self.process.stdout is not None
-        self.greeting = [self.process.stdout.readline().rstrip("\n") for _ in range(3)]
-        if not self.greeting[2]:
+        try:
+            self.greeting = [self.process.stdout.readline().rstrip("\n") for _ in range(3)]
+            if not self.greeting[2]:
+                raise RuntimeError(f"The server did not start: {self.log}")
+        except BaseException:  # a test's time-out among others: nothing stays behind
             self.kill()
-            raise RuntimeError(f"The server did not start: {self.log}")
+            raise
         self.url = self.greeting[0].rpartition(" ")[2]
 
     @property

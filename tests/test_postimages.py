@@ -237,7 +237,6 @@ SHAPES = {
         NAMED, SAYING, image(JPEG)._replace(headers=("Content-Transfer-Encoding: binary",))
     ),
     "the file first": encode(image(JPEG), SAYING, NAMED),
-    "a preamble": b"This is a message in MIME format.\r\n" + encode(NAMED, SAYING, image(JPEG)),
     "a leading CRLF": b"\r\n" + encode(NAMED, SAYING, image(JPEG)),
     "an epilogue": encode(NAMED, SAYING, image(JPEG)) + b"The end.\r\n",
     "no CRLF at the end": encode(NAMED, SAYING, image(JPEG)).removesuffix(b"\r\n"),
