@@ -1,10 +1,9 @@
 """The documentation is true."""
 
 import re
-import subprocess
 from pathlib import Path
 
-import httpx2
+import anyio
 import pytest
 
 from chatterd.errors import CATALOGUE
@@ -34,22 +33,16 @@ def without_chance(text: str) -> str:
     return text.strip()
 
 
+@pytest.mark.usefixtures("client")  # which empties the feed
 async def test_each_command_of_the_readme_prints_what_the_readme_says(
-    client: httpx2.AsyncClient, server: Server, ollama: FakeOllama, tmp_path: Path
+    server: Server, ollama: FakeOllama, tmp_path: Path
 ) -> None:
-    assert client.base_url == server.url  # the fixture has emptied the feed
     (tmp_path / "photo.jpg").write_bytes(samples.JPEG)
     examples = console_examples()
     assert len(examples) == 7
     for command, expected in examples:
-        printed = subprocess.run(
-            ["/bin/sh", "-c", command.replace("http://127.0.0.1:8000", server.url)],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=30,
-        ).stdout
+        here = command.replace("http://127.0.0.1:8000", server.url)
+        printed = (await anyio.run_process(here, cwd=tmp_path)).stdout.decode()
         wanted = expected.replace("http://127.0.0.1:8000", server.url)
         if "/llmprompt" in command:  # a model says something else each time; the stand-in does not
             wanted = b"".join(lines("Why is the sky blue?")).decode()
