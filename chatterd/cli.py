@@ -1,7 +1,6 @@
 """The `chatterd` command."""
 
 import argparse
-import asyncio
 import logging
 import os
 import shlex
@@ -134,7 +133,7 @@ def _serve(options: argparse.Namespace) -> None:
             sys.stdout.write("\n".join(lines) + "\n")
             sys.stdout.flush()
 
-        asyncio.run(server.serve(create_app(url), listener, address, announce))
+        server.run(create_app(url), listener, address, announce)
 
 
 def _serve_and_reload(url: URL) -> None:

@@ -41,6 +41,10 @@ class SchemaError(Exception):
 _TROUBLE: Final = (OSError, exc.TimeoutError, exc.DBAPIError, SchemaError)
 
 
+class StatementError(Exception):
+    """PostgreSQL refused a statement. The message names the kind of error and what it is about."""
+
+
 class Database:
     """One process's way to the database: engine, session factory, and what is known of both.
 
@@ -51,7 +55,7 @@ class Database:
         self._engine = _create_engine(url)
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
         self._schema_is_head = False
-        self._is_away = False
+        self._away_reasons: set[str] = set()
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncSession]:
@@ -65,11 +69,12 @@ class Database:
             async with self._sessions() as session:
                 await self._require_head(session)
                 yield session
+                await session.flush()  # what fails here is surely not there
                 committing = True
                 await session.commit()
         except _TROUBLE as error:
             if not _is_unavailable(error):
-                raise
+                raise _fault(error) from None
             self._schema_is_head = False  # it may be another database when it comes back
             self._note_away(str(error) if isinstance(error, SchemaError) else _reason(error))
             raise DatabaseUnavailable(maybe_committed=committing) from error
@@ -107,15 +112,15 @@ class Database:
         self._schema_is_head = True
 
     def _note_away(self, reason: str) -> None:
-        # Once, not for each of the requests that meet it.
-        if not self._is_away:
+        # Once for each reason, not for each of the requests that meet it.
+        if reason not in self._away_reasons:
             logger.error("Requests get 503, the database is not available: %s", reason)
-        self._is_away = True
+        self._away_reasons.add(reason)
 
     def _note_back(self) -> None:
-        if self._is_away:
+        if self._away_reasons:
             logger.info("The database is available again")
-        self._is_away = False
+        self._away_reasons.clear()
 
 
 def _create_engine(url: URL) -> AsyncEngine:
@@ -133,7 +138,16 @@ def _create_engine(url: URL) -> AsyncEngine:
         },
     )
     event.listen(engine.sync_engine, "checkout", _refuse_closed_connection)
+    event.listen(engine.sync_engine, "invalidate", _hang_up)
     return engine
+
+
+def _hang_up(dbapi_connection: Any, *_: Any) -> None:  # noqa: ANN401 - SQLAlchemy's signature
+    """Close a connection that is of no more use without waiting for the server's goodbye.
+
+    SQLAlchemy would wait two seconds for it, on top of DATABASE_TIMEOUT, from a server that hangs.
+    """
+    dbapi_connection.driver_connection.terminate()
 
 
 def _refuse_closed_connection(dbapi_connection: Any, _record: Any, _proxy: Any) -> None:  # noqa: ANN401 - SQLAlchemy's signature
@@ -153,6 +167,15 @@ def _sqlstate(error: Exception) -> str:
 def _is_unavailable(error: Exception) -> bool:
     """Tell whether `error` is the database's trouble and not the request's."""
     return not isinstance(error, exc.DBAPIError) or _sqlstate(error).startswith(_UNAVAILABLE)
+
+
+def _fault(error: Exception) -> StatementError:
+    """Return `error` without the driver's words, which repeat what people wrote."""
+    cause: BaseException = getattr(error, "orig", None) or error
+    cause = cause.__cause__ or cause
+    names = ("sqlstate", "table_name", "column_name", "constraint_name")
+    facts = [f"{name} {value}" for name in names if (value := getattr(cause, name, None))]
+    return StatementError(", ".join([type(cause).__name__, *facts]))
 
 
 def _refusal(error: Exception) -> SchemaError:

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 # Ctrl-C stops everything within 3 seconds; the embedded database needs its part of them.
 _GRACE_SECONDS: Final = 1.5
 _STOP_SECONDS: Final = 2.2
+# How long a TLS connection that we close waits for the client's own goodbye; asyncio's 30 seconds
+# would outlast the stop.
+_TLS_GOODBYE_SECONDS: Final = 0.2
 _BACKLOG: Final = 1024
 
 
@@ -52,6 +55,21 @@ def url_of(listener: socket.socket, address: Address) -> str:
     host, port = listener.getsockname()[:2]
     scheme = "https" if address.certfile else "http"
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def run(app: Edge, listener: socket.socket, address: Address, on_ready: Callable[[], None]) -> None:
+    """Run `serve` in an event loop of its own."""
+    with asyncio.Runner(loop_factory=_Loop) as runner:
+        runner.run(serve(app, listener, address, on_ready))
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """Says to a TLS server what Hypercorn has no setting for."""
+
+    async def create_server(self, *args: Any, **options: Any) -> asyncio.Server:  # noqa: ANN401 - asyncio's signature
+        if options.get("ssl"):
+            options.setdefault("ssl_shutdown_timeout", _TLS_GOODBYE_SECONDS)
+        return await super().create_server(*args, **options)
 
 
 async def serve(
@@ -95,12 +113,21 @@ async def serve(
     except LifespanFailureError as error:
         # What the lifespan raised; the rest is a wrapping of its traceback as text.
         raise error.__context__ or error from None
+    except Exception as error:
+        if not stopping.is_set():
+            raise
+        # Hypercorn passes on what a connection met while it was closed, such as a client that
+        # went on sending: no fault of the server's, which has stopped.
+        logger.warning("A connection ended in an error: %r", error)
 
 
 def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Log in one line what a client did to its own connection, such as sending on after its end."""
+    error = context.get("exception")
+    if isinstance(error, asyncio.CancelledError | TimeoutError):
+        return  # A connection was ended by us: python 3.11 takes that for an error.
     if "client_connected_cb" in context["message"]:
-        logger.warning("A connection ended in an error: %r", context.get("exception"))
+        logger.warning("A connection ended in an error: %r", error)
     else:
         loop.default_exception_handler(context)
 
@@ -132,4 +159,7 @@ def check_tls(address: Address) -> None:
         )
     except (OSError, ssl.SSLError) as error:
         reason = error.strerror or error
-        raise StartError(f"The certificate or its key cannot be used: {reason}.") from error
+        raise StartError(
+            f"The certificate {address.certfile} with the key {address.keyfile} cannot be used:"
+            f" {reason}."
+        ) from error

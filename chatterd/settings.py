@@ -26,7 +26,11 @@ class SettingError(SystemExit):
     """
 
 
-_config = Config(".env" if Path(".env").is_file() else None)
+try:
+    _config = Config(".env" if Path(".env").is_file() else None)
+except (OSError, UnicodeDecodeError) as error:
+    reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+    raise SettingError(f"chatterd: The file .env cannot be read: {reason}.") from None
 
 
 def _setting(name: str, cast: Callable[[str], T], default: str, *, right: str) -> T:
@@ -60,6 +64,9 @@ def _integer(least: int, most: int) -> Callable[[str], int]:
     return cast
 
 
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+
+
 def _database_url(text: str) -> URL:
     try:
         url = make_url(text)
@@ -71,6 +78,13 @@ def _database_url(text: str) -> URL:
         raise ValueError("names no database")
     if url.port is not None and not 0 < url.port < 65536:
         raise ValueError(f"names the port {url.port}")
+    if unknown := sorted(set(url.query) - {"host", "port", "ssl", "sslmode"}):
+        raise ValueError(f"has {unknown[0]} behind its question mark, which chatterd does not know")
+    for name in {"ssl", "sslmode"} & set(url.query):
+        if url.query[name] not in _SSL_MODES:
+            raise ValueError(
+                f"has {name}={url.query[name]}, which is none of {', '.join(_SSL_MODES)}"
+            )
     # libpq's spelling, which most hosting services print; asyncpg calls it `ssl`.
     if sslmode := url.query.get("sslmode"):
         url = url.difference_update_query(["sslmode"]).update_query_dict({"ssl": sslmode})

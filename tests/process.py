@@ -75,8 +75,7 @@ class Server:
         assert self.process.stdout is not None
         try:
             self.greeting = [self.process.stdout.readline().rstrip("\n") for _ in range(3)]
-            if not self.greeting[2]:
-                raise RuntimeError(f"The server did not start: {self.log}")
+            assert self.greeting[2], f"the server did not start: {self.log}"
         except BaseException:  # a test's time-out among others: nothing stays behind
             self.kill()
             raise
