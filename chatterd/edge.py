@@ -20,7 +20,7 @@ from chatterd.errors import BrokenAnswer, Problem, problem_response
 logger = logging.getLogger(__name__)
 
 # How long and how much a client may go on sending after its request was answered early.
-_DRAIN_SECONDS: Final = 10.0
+_DRAIN_SECONDS: Final = 30.0
 _DRAIN_MAX_BYTES: Final = 64 * 2**20
 
 _SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
