@@ -107,6 +107,11 @@ async def serve(
     _, late = await asyncio.wait({server}, timeout=_STOP_SECONDS)
     for task in (stopped, *late):
         task.cancel()
+    await _outcome(server, was_stopped=stopping.is_set())
+
+
+async def _outcome(server: asyncio.Task[None], *, was_stopped: bool) -> None:
+    """Raise what made the server end, unless it was told to."""
     try:
         with suppress(asyncio.CancelledError):
             await server
@@ -114,18 +119,20 @@ async def serve(
         # What the lifespan raised; the rest is a wrapping of its traceback as text.
         raise error.__context__ or error from None
     except Exception as error:
-        if not stopping.is_set():
+        if not was_stopped:
             raise
-        # Hypercorn passes on what a connection met while it was closed, such as a client that
-        # went on sending: no fault of the server's, which has stopped.
-        logger.warning("A connection ended in an error: %r", error)
+        # What a connection met while it was closed, such as a client that went on sending: no
+        # fault of the server's, which has stopped.
+        logger.warning("A connection ended in an error: %s", type(error).__name__)
 
 
 def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Log in one line what a client did to its own connection, such as sending on after its end."""
     error = context.get("exception")
-    if isinstance(error, asyncio.CancelledError | TimeoutError):
-        return  # A connection was ended by us: python 3.11 takes that for an error.
+    # What we ended: a connection, which Python 3.11 takes for an error, or, when a client kept the
+    # server from stopping, the lifespan, which has cleaned up by then.
+    if isinstance(error, asyncio.CancelledError | TimeoutError | LifespanFailureError):
+        return
     if "client_connected_cb" in context["message"]:
         logger.warning("A connection ended in an error: %r", error)
     else:
