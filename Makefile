@@ -5,9 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 SERVE_ARGS ?=
 TEST_ARGS ?=
+QUICK ?=
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format install install-dev lock clean
+.PHONY: help serve test check format bench install install-dev lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +30,9 @@ format: $(VENV)/installed-dev ## Format the code and mend what the linter can me
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
+bench: $(VENV)/installed-bench ## Measure the speed, in 15 minutes (QUICK=1: in 3; BENCH_ARGS="--only POST")
+	@exec $(BIN)/python -m bench $(if $(QUICK),--quick) $(BENCH_ARGS)
+
 install: $(VENV)/installed ## Only make .venv, with what the server needs
 
 install-dev: $(VENV)/installed-dev ## Only make .venv, with what tests and checks need as well
@@ -37,6 +42,8 @@ lock: $(VENV)/installed-dev ## Resolve the dependencies anew (needs the uv comma
 		--group build pyproject.toml --output-file requirements.txt
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --quiet --upgrade \
 		--group build --group dev --constraint requirements.txt pyproject.toml --output-file requirements-dev.txt
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --quiet --upgrade \
+		--group build --group dev --group bench --constraint requirements-dev.txt pyproject.toml --output-file requirements-bench.txt
 
 clean: ## Remove .venv and caches; the data in var/ stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
@@ -58,6 +65,11 @@ $(VENV)/installed: requirements.txt pyproject.toml | $(BIN)/python
 $(VENV)/installed-dev: requirements-dev.txt requirements.txt pyproject.toml | $(BIN)/python
 	$(call pip-install,requirements-dev.txt)
 	@touch $@ $(VENV)/installed
+
+# And the bench's set holds that of the development.
+$(VENV)/installed-bench: requirements-bench.txt requirements-dev.txt requirements.txt pyproject.toml | $(BIN)/python
+	$(call pip-install,requirements-bench.txt)
+	@touch $@ $(VENV)/installed-dev $(VENV)/installed
 
 define pip-install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r $(1)

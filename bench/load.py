@@ -1,0 +1,84 @@
+"""The load: wrk, driven by `load.lua`."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+_SCRIPT: Final = Path(__file__).with_name("load.lua")
+_TIMEOUT_SECONDS: Final = 60
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one run of wrk sends: GET `path` again and again, or posts instead of some of them."""
+
+    connections: int
+    path: str = "/getchatts"
+    headers: Mapping[str, str] = field(default_factory=dict)
+    posts_of_ten: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of wrk saw. Latencies are milliseconds; errors are counted by their kind."""
+
+    requests: int
+    requests_per_second: float
+    bytes_per_second: float
+    latency_p50: float
+    latency_p99: float
+    errors: Mapping[str, int]
+
+
+def run(load: Load, port: int, seconds: int, bodies: Path) -> Run:
+    """Put `load` on the server at `port`; `bodies` holds a post's JSON in each line."""
+    done = subprocess.run(
+        [
+            _wrk(),
+            *("--threads", "1"),
+            *("--connections", str(load.connections)),
+            *("--duration", f"{seconds}s"),
+            *("--timeout", f"{_TIMEOUT_SECONDS}s"),
+            *("--script", str(_SCRIPT)),
+            *(word for name in load.headers for word in ("-H", f"{name}: {load.headers[name]}")),
+            f"http://127.0.0.1:{port}{load.path}",
+            *("--", str(load.posts_of_ten), str(bodies)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"wrk failed: {done.stdout}{done.stderr}")
+    summary = json.loads(done.stdout.strip().splitlines()[-1])
+    duration = summary["duration"] / 1e6
+    return Run(
+        requests=summary["requests"],
+        requests_per_second=summary["requests"] / duration,
+        bytes_per_second=summary["bytes"] / duration,
+        latency_p50=summary["p50"] / 1e3,
+        latency_p99=summary["p99"] / 1e3,
+        errors={kind: count for kind, count in summary["errors"].items() if count},
+    )
+
+
+def wrk_version() -> str:
+    """Return the version of wrk; exits where there is none."""
+    said = subprocess.run([_wrk(), "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"wrk (?:debian/)?(\d[\w.]*)", said.stdout)
+    return found[1] if found else "unknown"
+
+
+def _wrk() -> str:
+    path = shutil.which("wrk")
+    if path is None:
+        raise SystemExit(
+            "bench: the load generator wrk is missing. On Debian and Ubuntu:"
+            " sudo apt-get install wrk"
+        )
+    return path

@@ -1,0 +1,291 @@
+"""The measuring: programs in turn on one PostgreSQL, each alone under load."""
+
+import gzip
+import http.client
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from sqlalchemy.engine import URL
+from tqdm import tqdm
+
+from bench import data, load, programs
+from bench.load import Load, Run
+from bench.peers.tutorial import SCHEMA
+from bench.programs import Program
+from bench.scenarios import (
+    FEW_ROWS,
+    Comparison,
+    EndlessKind,
+    Kind,
+    Outcome,
+    Plan,
+    Scenario,
+    endless_titles,
+    scenarios,
+    spaced,
+)
+from chatterd.database import migrate
+
+_MIB: Final = 1 << 20
+_FEED_CACHE_BYTES: Final = 64 * _MIB
+_SLACK_BYTES: Final = 64 * _MIB
+_DOWNLOADS: Final = 3
+_WARM_UP_SECONDS: Final = 1
+_LIMIT: Final = 50
+
+
+class NotAvailable(Exception):  # noqa: N818 - a feature that is not there yet is no error
+    """The program does not do what the scenario asks for."""
+
+
+class Contender(NamedTuple):
+    """A program under a load. Where `refill` is given, each run starts with `rows` chatts in it."""
+
+    name: str
+    program: Program
+    load: Load
+    database: URL | None = None
+    refill: int | None = None
+
+
+class Bench:
+    """Runs scenarios; `url` names a role that may create databases in an empty cluster.
+
+    `folder` is for the programs; `only` limits the run to scenarios with this in their titles.
+    """
+
+    def __init__(self, folder: Path, url: URL, plan: Plan, only: str) -> None:
+        self._folder = folder
+        self._plan = plan
+        self._only = only.lower()
+        self._few_url = url.set(database="chatterd_few")
+        self._endless_url = url.set(database="chatterd_endless")
+        self._tutorial_url = url.set(database="tutorial")
+        for database in (self._few_url, self._endless_url, self._tutorial_url):
+            data.execute(url, f"CREATE DATABASE {database.database}")
+        for database in (self._few_url, self._endless_url):
+            migrate(database)
+        data.execute(self._tutorial_url, SCHEMA)
+        self._bodies = folder / "bodies"
+        self._bodies.write_text("".join(f"{body}\n" for body in data.post_bodies(1_000)))
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Run everything, with a progress bar on the standard error."""
+        against_peers = [one for one in scenarios(self._plan) if self._only in one.title.lower()]
+        titles = endless_titles(self._plan)
+        endless = {key: title for key, title in titles.items() if self._only in title.lower()}
+        runs = sum(len(scenario.programs) for scenario in against_peers) + 2 * len(endless)
+        with tqdm(total=runs * self._plan.rounds, unit="run", leave=False) as self._bar:
+            for rows in sorted({scenario.rows for scenario in against_peers}):
+                same_size = [scenario for scenario in against_peers if scenario.rows == rows]
+                yield from self._against_peers(rows, same_size)
+            if endless:
+                yield from self._endless_table(endless)
+
+    def _against_peers(self, rows: int, same_size: Sequence[Scenario]) -> Iterator[Outcome]:
+        self._bar.set_description(f"{spaced(rows)} rows: filling the tables")
+        databases = {"chatterd": self._few_url, "tutorial": self._tutorial_url}
+        for url in databases.values():
+            data.fill(url, rows)
+        feed = data.feed(rows)
+        with ExitStack() as stack:
+            enter = stack.enter_context
+            running = {
+                "chatterd": enter(programs.chatterd(self._folder, self._few_url)),
+                "tutorial": enter(programs.tutorial(self._folder, self._tutorial_url)),
+                "ceiling": enter(programs.ceiling(self._folder, feed)),
+            }
+            for program in running.values():
+                if program.request("/getchatts").body != feed:
+                    raise SystemExit(f"bench: {program.name} does not answer the rows it should")
+            for scenario in same_size:
+                outcome = Outcome(scenario.title)
+                with self._recorded(outcome, len(scenario.programs)):
+                    contenders = [
+                        Contender(
+                            name,
+                            running[name],
+                            _load(scenario.kind, scenario.connections, running[name]),
+                            databases.get(name),
+                            rows if scenario.writes else None,
+                        )
+                        for name in scenario.programs
+                    ]
+                    slow = scenario.kind == "get" and rows >= self._plan.huge_rows
+                    seconds = self._plan.slow_seconds if slow else self._plan.seconds
+                    self._measure(outcome, contenders, seconds)
+                    outcome.compare("tutorial", scenario.of_tutorial)
+                    outcome.compare("ceiling", scenario.of_ceiling)
+                yield outcome
+
+    def _endless_table(self, titles: Mapping[EndlessKind, str]) -> Iterator[Outcome]:
+        """Compare a table that holds very many rows with one that holds few."""
+        self._bar.set_description("filling the largest table")
+        data.fill(self._endless_url, self._plan.endless_rows)
+        if "memory" in titles:
+            yield self._memory(Outcome(titles["memory"], "MiB"))
+        against = {kind: title for kind, title in titles.items() if kind != "memory"}
+        if not against:
+            return
+        with ExitStack() as stack:
+            enter = stack.enter_context
+            endless = enter(programs.chatterd(self._folder, self._endless_url))
+            few = enter(programs.chatterd(self._folder, self._few_url))
+            ceiling = enter(programs.ceiling(self._folder, b"[]"))
+            endless.download("/getchatts")
+            for kind, title in against.items():
+                rival = ceiling if kind == "not modified" else few
+                yield self._endless_against(rival, kind, title, endless)
+
+    def _endless_against(self, rival: Program, kind: Kind, title: str, endless: Program) -> Outcome:
+        name, goal = f"{FEW_ROWS} rows", 0.9  # within 10 %
+        if kind == "not modified":
+            name, goal = "ceiling", 0.85
+        outcome = Outcome(title)
+        with self._recorded(outcome, 2):
+            data.fill(self._few_url, FEW_ROWS)
+            refill = FEW_ROWS if kind == "post" else None
+            contenders = [
+                Contender("chatterd", endless, _load(kind, 32, endless), self._endless_url),
+                Contender(name, rival, _load(kind, 32, rival), self._few_url, refill),
+            ]
+            self._measure(outcome, contenders, self._plan.seconds)
+            outcome.compare(name, goal)
+        return outcome
+
+    def _memory(self, outcome: Outcome) -> Outcome:
+        """Compare a server that has just started with itself after it served the whole table."""
+        with (
+            self._recorded(outcome, 2),
+            programs.chatterd(
+                self._folder, self._endless_url, FEED_CACHE_BYTES=str(_FEED_CACHE_BYTES)
+            ) as program,
+        ):
+            idle = program.resident_bytes()
+            length = data.feed_length(self._endless_url)
+            after = 0
+            for _ in range(_DOWNLOADS):
+                if program.download("/getchatts") != length:
+                    raise RuntimeError("the feed has not the length that it should have")
+                after = max(after, program.resident_bytes())
+            allowed = idle + _FEED_CACHE_BYTES + _SLACK_BYTES
+            figures = {"chatterd": after, "allowed": allowed, "just started": idle}
+            outcome.figures = {name: count / _MIB for name, count in figures.items()}
+            outcome.comparisons.append(Comparison("allowed", allowed / after, 1.0))
+            outcome.note = (
+                f"just started {idle / _MIB:.1f} + FEED_CACHE_BYTES {_FEED_CACHE_BYTES // _MIB}"
+                f" + {_SLACK_BYTES // _MIB} MiB"
+            )
+        return outcome
+
+    def _measure(self, outcome: Outcome, contenders: Sequence[Contender], seconds: int) -> None:
+        """Run the contenders in turn, round after round, and note the medians."""
+        runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
+        for number in range(self._plan.rounds):
+            for contender in contenders:
+                self._bar.set_description(f"{outcome.title}: {contender.name}")
+                run, details = self._run(contender, seconds, warm_up=number == 0)
+                runs[contender.name].append(run)
+                outcome.runs.setdefault(contender.name, []).append(details)
+                if run.errors:
+                    outcome.fault = "invalid"
+                    outcome.note += f"{contender.name}: errors {dict(run.errors)}. "
+                self._bar.update()
+        outcome.figures = {
+            name: statistics.median(run.requests_per_second for run in found)
+            for name, found in runs.items()
+        }
+
+    def _run(
+        self, contender: Contender, seconds: int, *, warm_up: bool
+    ) -> tuple[Run, dict[str, object]]:
+        program = contender.program
+        if contender.refill is not None and contender.database is not None:
+            data.fill(contender.database, contender.refill)
+        program.download("/getchatts")
+        if warm_up:
+            load.run(contender.load, program.port, _WARM_UP_SECONDS, self._bodies)
+        rows_before = _row_count(contender)
+        cpu_before = program.cpu_seconds()
+        run = load.run(contender.load, program.port, seconds, self._bodies)
+        cpu_seconds = program.cpu_seconds() - cpu_before
+        posted = run.requests if contender.load.posts_of_ten == 10 else 0
+        rows_after = _row_count(contender)
+        if rows_after is not None and rows_before is not None and rows_after < rows_before + posted:
+            raise RuntimeError(f"{contender.name}: {posted} posts were answered, fewer are stored")
+        return run, asdict(run) | {
+            "cpu_percent": round(100 * cpu_seconds / seconds),
+            "resident_mib": round(program.resident_bytes() / _MIB, 1),
+            "rows_after": rows_after,
+        }
+
+    @contextmanager
+    def _recorded(self, outcome: Outcome, programs_count: int) -> Iterator[None]:
+        """Make what goes wrong in a scenario its outcome; keep the progress bar in step."""
+        end = self._bar.n + programs_count * self._plan.rounds
+        try:
+            yield
+        except NotAvailable as missing:
+            outcome.fault, outcome.note = "not available", str(missing)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            outcome.fault, outcome.note = "failed", str(error) or type(error).__name__
+        self._bar.update(end - self._bar.n)
+
+
+def _load(kind: Kind, connections: int, program: Program) -> Load:
+    """Return the load of a scenario.
+
+    Looks first whether `program` does what it asks for, and raises `NotAvailable` if it does not.
+    """
+    match kind:
+        case "limit":
+            return Load(connections, _narrow_path(program))
+        case "gzip":
+            return Load(connections, headers=_compression(program))
+        case "not modified":
+            return Load(connections, headers=_condition(program))
+        case _:
+            return Load(connections, posts_of_ten={"mix": 1, "post": 10}.get(kind, 0))
+
+
+def _narrow_path(program: Program) -> str:
+    path = f"/getchatts?limit={_LIMIT}"
+    answer = program.request(path)
+    if answer.status != 200 or len(json.loads(answer.body)) > _LIMIT:
+        raise NotAvailable(f"{program.name} ignores limit")
+    return path
+
+
+def _compression(program: Program) -> Mapping[str, str]:
+    headers = {"Accept-Encoding": "gzip"}
+    answer = program.request("/getchatts", headers=headers)
+    if program.name == "tutorial":
+        return headers  # it answers as ever
+    if answer.headers.get("content-encoding") != "gzip":
+        raise NotAvailable(f"{program.name} does not compress")
+    if gzip.decompress(answer.body) != program.request("/getchatts").body:
+        raise RuntimeError(f"{program.name} compresses something else")
+    return headers
+
+
+def _condition(program: Program) -> Mapping[str, str]:
+    etag = program.request("/getchatts", "HEAD").headers.get("etag")
+    if etag is None:
+        raise NotAvailable(f"{program.name} sends no ETag")
+    headers = {"If-None-Match": etag}
+    if program.request("/getchatts", headers=headers).status != 304:
+        raise RuntimeError(f"{program.name} does not know its own ETag again")
+    return headers
+
+
+def _row_count(contender: Contender) -> int | None:
+    if contender.database is None or not contender.load.posts_of_ten:
+        return None
+    count = data.value(contender.database, "SELECT count(*) FROM chatts")
+    assert isinstance(count, int)
+    return count

@@ -1,0 +1,1 @@
+"""The programs that chatterd is measured against."""

@@ -1,0 +1,154 @@
+"""The server processes under load, each on a port of its own."""
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import psutil
+from sqlalchemy.engine import URL
+
+from bench import data
+
+_ROOT: Final = Path(__file__).parent.parent
+_START_SECONDS: Final = 30
+_STOP_SECONDS: Final = 10
+_ANSWER_SECONDS: Final = 300
+
+
+class Answer(NamedTuple):
+    """An answer; the names of its headers are lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Program:
+    """A running server."""
+
+    def __init__(self, name: str, port: int, process: psutil.Process) -> None:
+        self.name = name
+        self.port = port
+        self._process = process
+
+    def request(
+        self, path: str, method: str = "GET", headers: Mapping[str, str] | None = None
+    ) -> Answer:
+        """Return the whole answer to one request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_ANSWER_SECONDS)
+        try:
+            connection.request(method, path, headers=dict(headers or {}))
+            answer = connection.getresponse()
+            found = {name.lower(): value for name, value in answer.getheaders()}
+            return Answer(answer.status, found, answer.read())
+        finally:
+            connection.close()
+
+    def download(self, path: str) -> int:
+        """Return the length in bytes of the answer, without keeping it."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_ANSWER_SECONDS)
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return sum(len(part) for part in iter(lambda: answer.read(1 << 20), b""))
+        finally:
+            connection.close()
+
+    def resident_bytes(self) -> int:
+        """Return the resident memory of the program's processes together."""
+        return sum(process.memory_info().rss for process in self._processes())
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time that the program's processes have taken so far."""
+        times = [process.cpu_times() for process in self._processes()]
+        return sum(spent.user + spent.system for spent in times)
+
+    def _processes(self) -> list[psutil.Process]:
+        return [self._process, *self._process.children(recursive=True)]
+
+
+@contextmanager
+def chatterd(folder: Path, url: URL, **settings: str) -> Iterator[Program]:
+    """Run chatterd with its default settings, except the named ones."""
+    port = _free_port()
+    command = ["chatterd", "serve", "--port", str(port)]
+    settings = {"DATABASE_URL": data.dsn(url), "MEDIA_ROOT": str(folder / "media")} | settings
+    with _running("chatterd", port, command, folder, settings) as program:
+        yield program
+
+
+@contextmanager
+def tutorial(folder: Path, url: URL) -> Iterator[Program]:
+    """Run the tutorial's program on Granian, with one worker and without its access log."""
+    port = _free_port()
+    command = ["granian", "--interface", "asgi", "--workers", "1", "--port", str(port)]
+    command += ["--log-level", "warning", "bench.peers.tutorial:app"]
+    settings = {"TUTORIAL_CONNINFO": data.dsn(url)}
+    with _running("tutorial", port, command, folder, settings) as program:
+        yield program
+
+
+@contextmanager
+def ceiling(folder: Path, feed: bytes) -> Iterator[Program]:
+    """Run the ceiling with `feed` as its constant answer."""
+    port = _free_port()
+    file = folder / "feed.json"
+    file.write_bytes(feed)
+    command = ["bench.peers.ceiling", str(port), str(file)]
+    with _running("ceiling", port, command, folder, {}) as program:
+        yield program
+
+
+@contextmanager
+def _running(
+    name: str, port: int, module: Sequence[str], folder: Path, settings: Mapping[str, str]
+) -> Iterator[Program]:
+    """Run `python -m module` in `folder`, whose .env it must not find, while the context lasts."""
+    log = folder / f"{name}.log"
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(_ROOT)}
+    with log.open("wb") as output:
+        process = psutil.Popen(
+            [sys.executable, "-m", *module],
+            cwd=folder,
+            env=environment | dict(settings),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            # A terminal's Ctrl-C is for the bench, which then stops its servers.
+            start_new_session=True,
+        )
+    try:
+        program = Program(name, port, process)
+        _wait_until_it_answers(program, process, log)
+        yield program
+    finally:
+        process.terminate()
+        with suppress(psutil.TimeoutExpired):
+            process.wait(_STOP_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_until_it_answers(program: Program, process: psutil.Popen, log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        with suppress(OSError, http.client.HTTPException):
+            program.request("/")  # 404, but an answer
+            return
+        time.sleep(0.05)
+    raise RuntimeError(f"{program.name} did not start: {log.read_text()}")
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
