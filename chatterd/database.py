@@ -1,23 +1,27 @@
 """The way to PostgreSQL: one engine and one session factory per process, made in the lifespan."""
 
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
+import asyncpg
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, event, exc
+from sqlalchemy import ClauseElement, Connection, event, exc
+from sqlalchemy.dialects.postgresql.asyncpg import dialect as asyncpg_dialect
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
     AsyncEngine,
     AsyncSession,
     async_sessionmaker,
     create_async_engine,
 )
+from sqlalchemy.sql.compiler import SQLCompiler
 
 from chatterd import settings
 from chatterd.errors import DatabaseUnavailable
@@ -39,6 +43,13 @@ class SchemaError(Exception):
 
 # A refused connection is a plain OSError, not one of SQLAlchemy's.
 _TROUBLE: Final = (OSError, exc.TimeoutError, exc.DBAPIError, SchemaError)
+# The same without SQLAlchemy. The last is what asyncpg says when a connection ends out of turn.
+_LINE_TROUBLE: Final = (
+    *_TROUBLE,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
 
 
 class StatementError(Exception):
@@ -67,18 +78,40 @@ class Database:
         committing = False
         try:
             async with self._sessions() as session:
-                await self._require_head(session)
+                if not self._schema_is_head:
+                    await self._require_head(await session.connection())
                 yield session
                 await session.flush()  # what fails here is surely not there
                 committing = True
                 await session.commit()
         except _TROUBLE as error:
             if not _is_unavailable(error):
-                raise _fault(error) from None
-            self._schema_is_head = False  # it may be another database when it comes back
-            self._note_away(str(error) if isinstance(error, SchemaError) else _reason(error))
-            raise DatabaseUnavailable(maybe_committed=committing) from error
-        self._note_back()
+                raise StatementError(describe(error)) from None
+            raise self.unavailable(error, maybe_committed=committing) from error
+        self.available()
+
+    async def connect(self) -> AsyncConnection:
+        """Take a connection, on which each statement is its own transaction, out of the pool."""
+        connection = await self._engine.connect()
+        try:
+            connection = await connection.execution_options(isolation_level="AUTOCOMMIT")
+            await self._require_head(connection)
+        except BaseException:
+            await connection.close()
+            raise
+        return connection
+
+    def unavailable(self, error: Exception, *, maybe_committed: bool) -> DatabaseUnavailable:
+        """Take note that the database is away because of `error`; return what to raise."""
+        self._schema_is_head = False  # it may be another database when it comes back
+        self._note_away(str(error) if isinstance(error, SchemaError) else _reason(error))
+        return DatabaseUnavailable(maybe_committed=maybe_committed)
+
+    def available(self) -> None:
+        """Take note that the database has answered."""
+        if self._away_reasons:
+            logger.info("The database is available again")
+            self._away_reasons.clear()
 
     async def require_schema(self) -> None:
         """Raise `SchemaError` unless the schema is the one this version works on.
@@ -86,8 +119,8 @@ class Database:
         A database that is away is no error: it is asked again before the first unit of work.
         """
         try:
-            async with self._sessions() as session:
-                await self._require_head(session)
+            async with self._engine.connect() as connection:
+                await self._require_head(connection)
         except (OSError, exc.SQLAlchemyError) as error:
             if not _is_unavailable(error) or _sqlstate(error).startswith(_REFUSED):
                 raise _refusal(error) from error
@@ -97,12 +130,11 @@ class Database:
         """Close every connection."""
         await self._engine.dispose()
 
-    async def _require_head(self, session: AsyncSession) -> None:
+    async def _require_head(self, connection: AsyncConnection) -> None:
         if self._schema_is_head:
             return
-        connection = await session.connection()
         current = await connection.run_sync(_current_revision)
-        await session.rollback()
+        await connection.rollback()
         head = head_revision()
         if current != head:
             raise SchemaError(
@@ -117,10 +149,71 @@ class Database:
             logger.error("Requests get 503, the database is not available: %s", reason)
         self._away_reasons.add(reason)
 
-    def _note_back(self) -> None:
-        if self._away_reasons:
-            logger.info("The database is available again")
-        self._away_reasons.clear()
+
+class Statement:
+    """A statement compiled for asyncpg once, for `Line.fetch`."""
+
+    def __init__(self, statement: ClauseElement) -> None:
+        compiled = statement.compile(dialect=asyncpg_dialect())  # type: ignore[no-untyped-call] # SQLAlchemy's
+        self.sql = str(compiled)
+        assert isinstance(compiled, SQLCompiler)
+        self._names = compiled.positiontup or []
+        self._constants = compiled.params
+
+    def arguments(self, values: Mapping[str, object]) -> list[object]:
+        """Return the arguments in the statement's order."""
+        return [values.get(name, self._constants[name]) for name in self._names]
+
+
+class Line:
+    """A connection that one user keeps, for statements that are each a whole transaction.
+
+    There is no pool, no BEGIN and no COMMIT in between: one round trip. One statement at a time.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._connection: AsyncConnection | None = None
+        self._driver: asyncpg.Connection[asyncpg.Record] | None = None
+        self.connects = 0
+        """How often it has connected: after a change, nothing known from before may hold."""
+
+    async def fetch(self, statement: Statement, **values: object) -> list[asyncpg.Record]:
+        """Execute `statement` and return its rows; it is committed then.
+
+        Raises `DatabaseUnavailable` as `Database.transaction` does, `asyncpg.PostgresError` when
+        the statement itself is refused.
+        """
+        sent = False
+        try:
+            if self._driver is None or self._driver.is_closed():
+                await self._connect()
+            assert self._driver is not None
+            sent = True
+            rows = await self._driver.fetch(statement.sql, *statement.arguments(values))
+        except _LINE_TROUBLE as error:
+            if not _is_unavailable(error):
+                raise
+            await self.aclose()
+            # PostgreSQL's own last words come before a commit; only silence leaves it open.
+            silent = _sqlstate(error).startswith("08")
+            raise self._database.unavailable(error, maybe_committed=sent and silent) from error
+        self._database.available()
+        return rows
+
+    async def _connect(self) -> None:
+        await self.aclose()
+        self._connection = await self._database.connect()
+        self._driver = (await self._connection.get_raw_connection()).driver_connection
+        self.connects += 1
+
+    async def aclose(self) -> None:
+        """Give the connection back."""
+        connection, self._connection, self._driver = self._connection, None, None
+        if connection is not None:
+            with suppress(exc.DBAPIError, OSError):
+                await connection.invalidate()  # what state it is in is not known
+                await connection.close()
 
 
 def _create_engine(url: URL) -> AsyncEngine:
@@ -161,21 +254,21 @@ def _refuse_closed_connection(dbapi_connection: Any, _record: Any, _proxy: Any) 
 
 def _sqlstate(error: Exception) -> str:
     # asyncpg's own errors, a lost connection among them, have none.
-    return getattr(getattr(error, "orig", None), "sqlstate", None) or "08000"
+    return getattr(getattr(error, "orig", error), "sqlstate", None) or "08000"
 
 
 def _is_unavailable(error: Exception) -> bool:
     """Tell whether `error` is the database's trouble and not the request's."""
-    return not isinstance(error, exc.DBAPIError) or _sqlstate(error).startswith(_UNAVAILABLE)
+    return _sqlstate(error).startswith(_UNAVAILABLE)
 
 
-def _fault(error: Exception) -> StatementError:
-    """Return `error` without the driver's words, which repeat what people wrote."""
+def describe(error: Exception) -> str:
+    """Return what `error` is about, without the driver's words, which repeat what people wrote."""
     cause: BaseException = getattr(error, "orig", None) or error
     cause = cause.__cause__ or cause
     names = ("sqlstate", "table_name", "column_name", "constraint_name")
     facts = [f"{name} {value}" for name in names if (value := getattr(cause, name, None))]
-    return StatementError(", ".join([type(cause).__name__, *facts]))
+    return ", ".join([type(cause).__name__, *facts])
 
 
 def _refusal(error: Exception) -> SchemaError:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import TypedDict
 
 import httpx2
@@ -60,14 +60,12 @@ def lifespan(
         database = Database(database_url)
         try:
             await database.require_schema()
-            async with _llm_client() as llm:
-                yield State(
-                    database=database,
-                    writer=Writer(database),
-                    feed=Feed(database),
-                    media=media,
-                    llm=llm,
-                )
+            async with (
+                aclosing(Writer(database)) as writer,
+                aclosing(Feed(database, settings.FEED_CACHE_BYTES)) as feed,
+                _llm_client() as llm,
+            ):
+                yield State(database=database, writer=writer, feed=feed, media=media, llm=llm)
         finally:
             await database.aclose()
 

@@ -1,20 +1,30 @@
 """The tables, and the `Select`s that read them."""
 
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     CheckConstraint,
     DateTime,
     FetchedValue,
     Index,
+    Insert,
     MetaData,
     Select,
     Text,
     UniqueConstraint,
+    bindparam,
+    cast,
+    column,
     func,
+    insert,
+    literal_column,
     select,
+    table,
+    true,
     tuple_,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -91,23 +101,96 @@ class Feed(Base):
     __table_args__ = (CheckConstraint("singleton", name="singleton"),)
 
 
+_TABLE = literal_column("to_regclass('chatts')::oid::bigint", BigInteger)
+# As the feed shows them: RFC 3339 in UTC with six fraction digits, a UUID in lower case.
+_ROW = (
+    Chatt.name,
+    Chatt.message,
+    cast(Chatt.id, Text).label("id"),
+    func.to_char(func.timezone("UTC", Chatt.time), 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"').label("time"),
+    Chatt.image,
+    Chatt.video,
+)
+
+
+def feed_newest(limit: int) -> Select[Any]:
+    """Select the state of the feed and its last `limit` rows, newest first.
+
+    The state is its epoch, its table and its newest seq. A table that has been restored from a
+    dump keeps its epoch and is another table. Always at least one row; where there is no chatt,
+    its own columns are NULL. One statement sees one state.
+    """
+    newest = select(func.coalesce(func.max(Chatt.seq), 0)).scalar_subquery()
+    page = select(*_ROW).order_by(Chatt.time.desc(), Chatt.seq.desc()).limit(limit).lateral("page")
+    return select(Feed.epoch, _TABLE.label("table"), newest.label("seq"), page).select_from(
+        Feed.__table__.join(page, true(), isouter=True)
+    )
+
+
+def feed_changes(limit: int) -> Select[Any]:
+    """Select `feed_state`'s epoch and table, and the rows whose seq is over `:seq`, in its order.
+
+    Always at least one row; where nothing has changed, its own columns are NULL. `last_seq` is
+    the last number given out, `:seq` or more unless the table has gone back in time.
+    """
+    changed = (
+        select(Chatt.seq, *_ROW)
+        .where(Chatt.seq > bindparam("seq", type_=BigInteger))
+        .order_by(Chatt.seq)
+        .limit(limit)
+        .lateral("changed")
+    )
+    sequence = table("chatts_seq", column("last_value", BigInteger))
+    return select(
+        Feed.epoch, _TABLE.label("table"), sequence.c.last_value.label("last_seq"), changed
+    ).select_from(Feed.__table__.join(sequence, true()).join(changed, true(), isouter=True))
+
+
+def feed_page_before(limit: int) -> Select[Any]:
+    """Select the last `limit` rows earlier than `:time`, newest first."""
+    return (
+        select(*_ROW)
+        .where(Chatt.time < bindparam("time", type_=DateTime(timezone=True)))
+        .order_by(Chatt.time.desc(), Chatt.seq.desc())
+        .limit(limit)
+    )
+
+
 def feed_page(
-    after: tuple[datetime, int] | None, limit: int
-) -> Select[str, str, UUID, datetime, str | None, str | None, int]:
-    """Select the first `limit` chatts behind the (time, seq) of `after`, in the feed's order."""
+    after: tuple[datetime, int] | None, before: datetime | None, limit: int
+) -> Select[Any]:
+    """Select the first `limit` rows behind the (time, seq) of `after`, in the feed's order.
+
+    `before`: only rows earlier than that. The two last columns are the row's (time, seq).
+    """
     statement = (
-        select(
-            Chatt.name,
-            Chatt.message,
-            Chatt.id,
-            Chatt.time,
-            Chatt.image,
-            Chatt.video,
-            Chatt.seq,
-        )
+        select(*_ROW, Chatt.time.label("at"), Chatt.seq)
         .order_by(Chatt.time, Chatt.seq)
         .limit(limit)
     )
     if after is not None:
         statement = statement.where(tuple_(Chatt.time, Chatt.seq) > after)
+    if before is not None:
+        statement = statement.where(Chatt.time < before)
     return statement
+
+
+def place_of(chatt_id: UUID) -> Select[datetime, int]:
+    """Select the (time, seq) of a chatt."""
+    return select(Chatt.time, Chatt.seq).where(Chatt.id == chatt_id)
+
+
+def feed_page_back(before: tuple[datetime, int] | None, limit: int) -> Select[Any]:
+    """Select the last `limit` rows before the (time, seq) of `before`, newest first."""
+    statement = select(*_ROW).order_by(Chatt.time.desc(), Chatt.seq.desc()).limit(limit)
+    if before is not None:
+        statement = statement.where(tuple_(Chatt.time, Chatt.seq) < before)
+    return statement
+
+
+def insert_chatts() -> Insert:
+    """Insert as many chatts as the arrays have elements: one statement for any number."""
+    columns = ("name", "message", "image", "video")
+    arrays = [bindparam(column, type_=ARRAY(Text)) for column in columns]
+    rows = func.unnest(*arrays).table_valued(*columns).render_derived("posted")
+    return insert(Chatt).from_select(columns, select(rows), include_defaults=False)

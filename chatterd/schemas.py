@@ -1,9 +1,7 @@
 """What crosses the wire, both ways: checked drafts coming in, rows going out (contract §1)."""
 
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Any, Final, NamedTuple
-from uuid import UUID
 
 import msgspec
 
@@ -18,17 +16,6 @@ class Draft(NamedTuple):
 
     name: str
     message: str
-
-
-class Row(NamedTuple):
-    """A stored chatt, in the order in which the feed's rows name its parts."""
-
-    name: str
-    message: str
-    id: UUID
-    time: datetime
-    image: str | None
-    video: str | None
 
 
 def draft_from_json(body: bytes) -> Draft:
@@ -89,27 +76,3 @@ def _limit(field: str, value: str, limit: int) -> None:
             f"{field}-too-long",
             f"Message too long: {field} has {len(value)} characters, the limit is {limit}.",
         )
-
-
-def row_json(row: Row) -> bytes:
-    """Return the 4-element row of `getchatts`: name, message, id, time."""
-    return msgspec.json.encode((row.name, row.message, str(row.id), timestamp(row.time)))
-
-
-def image_row_json(row: Row, media_url: str) -> bytes:
-    """Return the 6-element row of `getimages`; `media_url` is what keys are appended to."""
-    return msgspec.json.encode(
-        (
-            row.name,
-            row.message,
-            str(row.id),
-            timestamp(row.time),
-            row.image and media_url + row.image,
-            row.video and media_url + row.video,
-        )
-    )
-
-
-def timestamp(time: datetime) -> str:
-    """Return `time`, which is in UTC, as RFC 3339 with always six fraction digits and a Z."""
-    return time.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"

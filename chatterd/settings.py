@@ -131,7 +131,7 @@ DATABASE_URL: URL | None = _setting(
     right="postgresql://user:password@host:5432/database, or empty for the embedded PostgreSQL",
 )
 DATABASE_POOL_SIZE: int = _setting(
-    "DATABASE_POOL_SIZE", _integer(1, 1000), "10", right="a number of connections, 1 to 1000"
+    "DATABASE_POOL_SIZE", _integer(3, 1000), "10", right="a number of connections, 3 to 1000"
 )
 DATABASE_TIMEOUT: int = _setting(
     "DATABASE_TIMEOUT", _integer(1, 600), "5", right="a number of seconds, 1 to 600"
@@ -175,6 +175,12 @@ MEDIA_MAX_SIZE: int = _setting(
     _integer(1, 2**40),
     "10485760",
     right="a number of bytes, 1 to 1099511627776",
+)
+FEED_CACHE_BYTES: int = _setting(
+    "FEED_CACHE_BYTES",
+    _integer(2**20, 2**40),
+    "67108864",
+    right="a number of bytes, 1048576 to 1099511627776",
 )
 UPLOAD_TIMEOUT: int = _setting(
     "UPLOAD_TIMEOUT", _integer(1, 86_400), "300", right="a number of seconds, 1 to 86400"

@@ -1,17 +1,16 @@
 """The HTTP endpoints: each decodes, validates, does one unit of work, and responds."""
 
-from collections.abc import AsyncIterator
-
 from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from chatterd import settings
 from chatterd.bodies import received_bytes, received_form
-from chatterd.errors import BrokenAnswer, DatabaseUnavailable
+from chatterd.errors import DatabaseUnavailable
+from chatterd.feed_http import PartsResponse, feed_response
 from chatterd.lifespan import State
 from chatterd.llm import LLMResponse
-from chatterd.schemas import draft_from_fields, draft_from_json, image_row_json, row_json
+from chatterd.schemas import draft_from_fields, draft_from_json
 
 
 class GetChatts(HTTPEndpoint):
@@ -19,7 +18,7 @@ class GetChatts(HTTPEndpoint):
 
     async def get(self, request: Request[State]) -> Response:
         """Answer an array of `[name, message, id, time]`, oldest first."""
-        return await _json_stream(request.state["feed"].json(row_json))
+        return await feed_response(request, request.state["feed"], media_url=None)
 
 
 class PostChatt(HTTPEndpoint):
@@ -39,9 +38,7 @@ class GetImages(HTTPEndpoint):
     async def get(self, request: Request[State]) -> Response:
         """Answer an array of `[name, message, id, time, imageurl, videourl]`, oldest first."""
         base = settings.PUBLIC_URL or f"{request.url.scheme}://{request.headers['host']}"
-        media_url = f"{base}/media/"
-        rows = request.state["feed"].json(lambda row: image_row_json(row, media_url))
-        return await _json_stream(rows)
+        return await feed_response(request, request.state["feed"], media_url=f"{base}/media/")
 
 
 class PostImages(HTTPEndpoint):
@@ -85,19 +82,4 @@ class LLMPrompt(HTTPEndpoint):
 
 
 def _done() -> Response:
-    return Response(b"{}", media_type="application/json")
-
-
-async def _json_stream(parts: AsyncIterator[bytes]) -> Response:
-    """Answer with JSON that comes in parts; what fails before the first one is still an error."""
-    first = await anext(parts)
-
-    async def all_parts() -> AsyncIterator[bytes]:
-        yield first
-        try:
-            async for part in parts:
-                yield part
-        except DatabaseUnavailable as error:
-            raise BrokenAnswer("The database went away within the feed") from error
-
-    return StreamingResponse(all_parts(), media_type="application/json")
+    return PartsResponse(200, [(b"content-type", b"application/json")], [b"{}"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+ROOT = Path(__file__).parent.parent
 STOP_SECONDS = 20
 DEADLINE_SECONDS = 30
 
@@ -31,7 +32,8 @@ def run(
 
 def environment(folder: Path, **settings: str) -> dict[str, str]:
     """What a program gets of ours: nothing but the settings that the test names."""
-    return {"PATH": os.environ["PATH"], "HOME": str(folder)} | settings
+    ours = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(ROOT)}
+    return ours | settings
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:

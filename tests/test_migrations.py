@@ -165,8 +165,8 @@ async def test_a_feed_page_begins_behind_its_keyset(migrated_database: str) -> N
         time = datetime(2026, 1, 1, tzinfo=UTC)
         session.add_all(Chatt(name="n", message=str(number), time=time) for number in range(5))
         await session.commit()
-        first = (await session.execute(feed_page(None, 2))).all()
-        rest = (await session.execute(feed_page((time, first[-1].seq), 9))).all()
+        first = (await session.execute(feed_page(None, None, 2))).all()
+        rest = (await session.execute(feed_page((time, first[-1].seq), None, 9))).all()
         assert [row.message for row in [*first, *rest]] == ["0", "1", "2", "3", "4"]
     await engine.dispose()
 

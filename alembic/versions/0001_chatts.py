@@ -125,6 +125,11 @@ def _create_triggers() -> None:
         "CREATE TRIGGER chatts_new_epoch_after_truncate AFTER TRUNCATE ON chatts"
         " FOR EACH STATEMENT EXECUTE FUNCTION chatts_new_epoch()"
     )
+    # Whoever remembers rows by id and time could not find the old row again.
+    op.execute(
+        "CREATE TRIGGER chatts_new_epoch_after_move AFTER UPDATE ON chatts FOR EACH ROW"
+        " WHEN (NEW.id <> OLD.id OR NEW.time <> OLD.time) EXECUTE FUNCTION chatts_new_epoch()"
+    )
 
 
 def _create_trigger(name: str, event: str, body: str) -> None:

@@ -1,0 +1,194 @@
+"""Answering a request for the feed: whole or a page of it, conditional, compressed."""
+
+import hashlib
+import http
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
+from urllib.parse import parse_qsl, quote
+from uuid import UUID
+
+from anyio import to_thread
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+from werkzeug.http import parse_accept_header, parse_etags
+
+from chatterd.blocks import Snapshot, encode_with_media
+from chatterd.errors import BrokenAnswer, DatabaseUnavailable, Problem
+from chatterd.feed import Feed
+
+_LIMIT_DEFAULT: Final = 50
+_LIMIT_MAX: Final = 500
+_UUID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
+
+
+class _Page(NamedTuple):
+    """What a query asks for: `limit` rows before or after a chatt, or the newest."""
+
+    limit: int
+    before: UUID | None
+    after: UUID | None
+
+
+async def feed_response(request: Request[Any], feed: Feed, media_url: str | None) -> Response:
+    """Answer a GET of the feed: rows of four, or of six where `media_url` is given.
+
+    The ETag is strong and the same in every process: it names the feed's version and what was
+    asked for. Raises `Problem` 404 or 422 for a query that cannot be answered,
+    `DatabaseUnavailable`.
+    """
+    query: bytes = request.scope["query_string"]
+    page = _page(query) if query else None
+    snapshot = await feed.fresh()
+    if_none_match = accept_encoding = b""
+    for name, value in request.scope["headers"]:
+        # A field may come in several lines (RFC 9110 §5.3).
+        if name == b"if-none-match":
+            if_none_match = if_none_match + b"," + value if if_none_match else value
+        elif name == b"accept-encoding":
+            accept_encoding = accept_encoding + b"," + value if accept_encoding else value
+    # The older part comes from the database as it is.
+    gzip = page is None and snapshot.older_than is None and _is_gzip_accepted(accept_encoding)
+    etag = _etag(snapshot.version, media_url, query, gzip)
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"etag", etag),
+        (b"cache-control", b"no-cache"),
+        (b"vary", b"Accept-Encoding"),
+    ]
+    if if_none_match and _is_match(if_none_match, etag):
+        return PartsResponse(304, headers[1:], [b""])
+    if page is not None:
+        rows = await _page_rows(feed, snapshot, page, media_url)
+        headers.append((b"link", _links(request.scope["path"], page, rows).encode()))
+        return PartsResponse(200, headers, [b"[" + b",".join(row for _, row in rows) + b"]"])
+    if snapshot.older_than is not None:
+        head = request.method == "HEAD"
+        response = Response() if head else StreamingResponse(_whole(feed, snapshot, media_url))
+        response.raw_headers = headers
+        return response
+    if gzip:
+        headers.append((b"content-encoding", b"gzip"))
+        parts = await to_thread.run_sync(snapshot.gzip_parts, media_url)
+    else:
+        parts = snapshot.parts(media_url)
+    return PartsResponse(200, headers, parts)
+
+
+class PartsResponse(Response):
+    """A body of several parts, none of which is copied; headers as they go over the wire."""
+
+    def __init__(
+        self, status: int, headers: list[tuple[bytes, bytes]], parts: Sequence[bytes]
+    ) -> None:
+        # Not Response's own: it would encode each header again for each request.
+        self.status_code = status
+        self.raw_headers = headers
+        self.background = None
+        self._parts = parts
+        if status != http.HTTPStatus.NOT_MODIFIED:
+            headers.append((b"content-length", b"%d" % sum(map(len, parts))))
+
+    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
+        """Send the parts, or for HEAD only what they are."""
+        await send(
+            {
+                "type": "http.response.start",
+                "status": self.status_code,
+                "headers": self.raw_headers,
+            }
+        )
+        *parts, last = self._parts if scope["method"] != "HEAD" else (b"",)
+        for part in parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": last})
+
+
+async def _whole(feed: Feed, snapshot: Snapshot, media_url: str | None) -> AsyncIterator[bytes]:
+    """Yield the rows that are in the database, then those of `snapshot`, as one array."""
+    begin = b"["
+    try:
+        async for rows in feed.older(snapshot):
+            yield begin + b",".join(encode_with_media(row, media_url) for row in rows)
+            begin = b","
+    except DatabaseUnavailable as error:
+        raise BrokenAnswer("The database went away within the feed") from error
+    if not snapshot.blocks:
+        yield b"[]" if begin == b"[" else b"]"
+        return
+    first, *rest = (block.part(media_url) for block in snapshot.blocks)
+    yield begin + first[1:]
+    for part in rest:
+        yield part
+    yield b"]"
+
+
+def _page(query: bytes) -> _Page:
+    """Return the page that a query string asks for; raises `Problem` 422."""
+    fields: dict[str, str] = {}
+    for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+        if name not in {"limit", "before", "after"} or name in fields:
+            raise Problem(
+                "bound-invalid",
+                f"The parameter {name[:64]!r} is unknown or there twice;"
+                " a page is asked for by limit, before and after.",
+            )
+        fields[name] = value
+    limit = fields.get("limit", str(_LIMIT_DEFAULT))
+    if not re.fullmatch("[0-9]{1,9}", limit) or not 1 <= int(limit) <= _LIMIT_MAX:
+        raise Problem("limit-invalid", f"limit must be a number from 1 to {_LIMIT_MAX}.")
+    if "before" in fields and "after" in fields:
+        raise Problem("bound-invalid", "before and after exclude each other.")
+    return _Page(int(limit), _bound(fields, "before"), _bound(fields, "after"))
+
+
+def _bound(fields: Mapping[str, str], name: str) -> UUID | None:
+    if name not in fields:
+        return None
+    # UUID() alone takes more than UUIDs.
+    if not _UUID.fullmatch(fields[name]):
+        raise Problem("bound-invalid", f"{name} must be the id of a chatt, a UUID.")
+    return UUID(fields[name])
+
+
+async def _page_rows(
+    feed: Feed, snapshot: Snapshot, page: _Page, media_url: str | None
+) -> list[tuple[str, bytes]]:
+    """Return the page's rows, oldest first, each with its id."""
+    if page.before is None and page.after is None:
+        newest = snapshot.newest(page.limit)
+        if len(newest) == page.limit or snapshot.older_than is None:
+            return [(block.id(index), block.image_row(index, media_url)) for block, index in newest]
+    rows = await feed.page(page.limit, before=page.before, after=page.after)
+    return [(row.id, encode_with_media(row, media_url)) for row in rows]
+
+
+def _links(path: str, page: _Page, rows: Sequence[tuple[str, bytes]]) -> str:
+    """Return the Link header: the pages before and after this one (RFC 8288)."""
+    bound = page.before or page.after
+    first, last = (rows[0][0], rows[-1][0]) if rows else (bound, bound)
+    address = f"{quote(path)}?limit={page.limit}"
+    if first is None:  # nothing has been posted yet
+        return f'<{address}>; rel="next"'
+    return f'<{address}&before={first}>; rel="prev", <{address}&after={last}>; rel="next"'
+
+
+@lru_cache(256)
+def _etag(version: str, media_url: str | None, query: bytes, gzip: bool) -> bytes:  # noqa: FBT001 - lru_cache is fastest by position
+    variant = hashlib.blake2b(b"%b?%b" % ((media_url or "").encode(), query), digest_size=6)
+    return f'"{version}-{variant.hexdigest()}{"-gzip" if gzip else ""}"'.encode()
+
+
+@lru_cache(256)
+def _is_gzip_accepted(accept_encoding: bytes) -> bool:
+    return parse_accept_header(accept_encoding.decode("latin-1"))["gzip"] > 0
+
+
+def _is_match(if_none_match: bytes, etag: bytes) -> bool:
+    """Tell whether the client has this version already (RFC 9110 §13.1.2)."""
+    if if_none_match == etag:
+        return True
+    # A proxy that compresses makes a strong tag a weak one; the comparison is the weak one.
+    return parse_etags(if_none_match.decode("latin-1")).contains_weak(etag.decode().strip('"'))

@@ -1,0 +1,130 @@
+"""Reading the feed costs what is read, however long the feed is: the plans show it.
+
+Each statement is explained as the server executes it, prepared with parameters: with a plan for
+their values, and with the one for any values that PostgreSQL may change to after a few uses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, NamedTuple
+
+import asyncpg
+import pytest
+from sqlalchemy.engine import make_url
+
+from chatterd.database import Statement, migrate
+from chatterd.models import (
+    feed_changes,
+    feed_newest,
+    feed_page,
+    feed_page_back,
+    feed_page_before,
+    place_of,
+)
+from tests.conftest import _new_database, dsn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import ClauseElement
+    from sqlalchemy.engine import URL
+
+ROWS = 100_000
+
+
+class Place(NamedTuple):
+    """Where a row stands in the feed, and its id."""
+
+    time: datetime
+    seq: int
+    id: str
+
+
+@pytest.fixture(scope="module")
+def table(postgres_url: URL) -> Iterator[str]:
+    """A database with many rows, a few of them at equal times, as autovacuum would leave it."""
+    with _new_database(postgres_url) as url:
+        migrate(make_url(url))
+
+        async def fill() -> None:
+            db = await asyncpg.connect(dsn(url))
+            try:
+                await db.execute(f"""
+                    INSERT INTO chatts (name, message, time)
+                    SELECT 'ann', repeat('x', number % 100), '2026-01-01'::timestamptz
+                        + (number / 2) * interval '1 second'
+                    FROM generate_series(1, {ROWS}) AS number
+                """)
+                await db.execute("VACUUM ANALYZE chatts")
+            finally:
+                await db.close()
+
+        asyncio.run(fill())
+        yield url
+
+
+def statements(place: Place) -> dict[str, tuple[ClauseElement, dict[str, object]]]:
+    """Every statement of a read, with its values for a row at `place`."""
+    at = (place.time, place.seq)
+    later = place.time + timedelta(days=1)
+    return {
+        "newest": (feed_newest(2_000), {}),
+        "changes": (feed_changes(1_000), {"seq": place.seq}),
+        "page loaded": (feed_page_before(2_000), {"time": place.time}),
+        "first page": (feed_page(None, None, 50), {}),
+        "first page before a time": (feed_page(None, later, 2_000), {}),
+        "page after": (feed_page(at, None, 50), {}),
+        "page after, before a time": (feed_page(at, later, 2_000), {}),
+        "newest page": (feed_page_back(None, 500), {}),
+        "page before": (feed_page_back(at, 500), {}),
+        "place of a chatt": (place_of(place.id), {}),  # type: ignore[arg-type] # PostgreSQL casts it
+    }
+
+
+NAMES = list(statements(Place(datetime.fromisoformat("2026-01-01T00:00:00Z"), 0, "")))
+
+
+def nodes(plan: dict[str, object]) -> Iterator[dict[str, object]]:
+    yield plan
+    children = plan.get("Plans", [])
+    assert isinstance(children, list)
+    for child in children:
+        yield from nodes(child)
+
+
+@pytest.mark.parametrize("where", [0.0, 0.5, 1.0], ids=["oldest", "middle", "newest"])
+@pytest.mark.parametrize("plan_cache_mode", ["force_custom_plan", "force_generic_plan"])
+@pytest.mark.parametrize("name", NAMES)
+async def test_a_read_follows_an_index_and_sorts_nothing(
+    table: str, name: str, plan_cache_mode: str, where: float
+) -> None:
+    db = await asyncpg.connect(dsn(table))
+    try:
+        await db.execute(f"SET plan_cache_mode = {plan_cache_mode}")
+        place = await db.fetchrow(
+            "SELECT time, seq, id FROM chatts ORDER BY time, seq OFFSET $1 LIMIT 1",
+            int(where * (ROWS - 1)),
+        )
+        assert place is not None
+        select, values = statements(Place(*place))[name]
+        statement = Statement(select)
+        arguments = statement.arguments(values)
+        explained = await db.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement.sql}", *arguments)
+    finally:
+        await db.close()
+    (document,) = json.loads(explained)
+    used = list(nodes(document["Plan"]))
+    kinds = {str(node["Node Type"]) for node in used}
+    assert not kinds & {"Sort", "Incremental Sort"}, explained
+    on_table = [node for node in used if node.get("Relation Name") == "chatts"]
+    assert on_table, explained
+    for node in on_table:
+        assert node["Node Type"] in {"Index Scan", "Index Only Scan"}, explained
+        # It reads what it returns; it does not look through the rest.
+        assert not node.get("Rows Removed by Filter"), explained
+        count = node["Actual Rows"]
+        assert isinstance(count, int | float)
+        assert count <= 2_000
