@@ -467,6 +467,8 @@ async def test_a_restored_table_is_the_feed_at_once(
     await psql.execute(INSERT_MANY.format(5_000))
     url = dsn(own_database)
     dump = await run_tool("pg_dump", "--clean", "--if-exists", url)
+    # pg_dump speaks to its own version; PostgreSQL before 17 does not know this setting.
+    dump = dump.replace(b"SET transaction_timeout = 0;\n", b"")
     statuses: Counter[int] = Counter()
     server = start_server(DATABASE_URL=own_database)
     async with client_of(server) as client:
