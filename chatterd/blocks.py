@@ -4,26 +4,31 @@ A block never changes; a changed feed has other blocks. So an answer that is bei
 copy and no lock, and what was made of a block, such as its compressed form, is made once.
 """
 
+import asyncio
 import struct
 import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Final, NamedTuple
 from urllib.parse import quote
 
 import msgspec
+from anyio import to_thread
 
-BLOCK_SIZE: Final = 128 * 1024
-"""Bytes of rows after which a block is full."""
+BLOCK_SIZE: Final = 1024 * 1024
+"""Bytes of rows after which a block is full. An answer costs the server one write for each."""
 
 # A row ends in its id and time, whose texts always have the same length:
 # ..., "7401355b-fc63-458a-bddc-f90d2da400d3","2026-11-21T00:05:56.407672Z"]
 _TIME: Final = slice(-29, -2)
 _ID: Final = slice(-68, -32)
 _ROW_OVERHEAD: Final = 8
-_RENDERINGS: Final = 2
+_ADDRESSES: Final = 2
 
+# Bytes that are compressed together: a new row costs the compression of no more.
+_GZIP_CHUNK: Final = 128 * 1024
 _GZIP_HEAD: Final = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"  # RFC 1952 §2.3
 
 
@@ -45,17 +50,18 @@ class Media(NamedTuple):
     video: str | None
 
 
-def encode(row: Row) -> bytes:
+Encoded = tuple[bytes, Media | None]
+"""A row of four as JSON, and its media keys."""
+
+
+def encode(row: Row) -> Encoded:
     """Return the row of `getchatts`: name, message, id, time."""
-    return msgspec.json.encode(row[:4])
+    media = None if row.image is None and row.video is None else Media(row.image, row.video)
+    return msgspec.json.encode(row[:4]), media
 
 
-def encode_with_media(row: Row, media_url: str | None) -> bytes:
+def with_media(row: bytes, media: Media | None, media_url: str | None) -> bytes:
     """Return the row of four, or of `getimages`: six, with addresses under `media_url`."""
-    return _with_media(encode(row), Media(row.image, row.video), media_url)
-
-
-def _with_media(row: bytes, media: Media | None, media_url: str | None) -> bytes:
     if media_url is None:
         return row
     if media is None:
@@ -64,35 +70,26 @@ def _with_media(row: bytes, media: Media | None, media_url: str | None) -> bytes
     return row[:-1] + b"," + b",".join(map(msgspec.json.encode, urls)) + b"]"
 
 
+def _without_media(rows: bytes) -> bytes:
+    """Return rows of four, a comma before each, as rows of six without addresses."""
+    # Within a JSON string a quotation mark has a backslash before it: this is between two rows.
+    return rows and rows.replace(b'Z"],["', b'Z",null,null],["')[:-1] + b",null,null]"
+
+
 class Block:
-    """Consecutive rows, ordered by (time, seq)."""
+    """Consecutive rows, at least one, ordered by (time, seq)."""
 
-    __slots__ = (
-        "_ends",
-        "_gzipped",
-        "_media",
-        "_rendered",
-        "data",
-        "first_time",
-        "last_time",
-        "made",
-        "size",
-    )
+    __slots__ = ("_ends", "_gzipped", "_media", "data", "first_time", "last_time", "made", "size")
 
-    def __init__(self, rows: Sequence[bytes], media: Mapping[int, Media]) -> None:
-        # With the comma in front, a block's bytes are the same wherever it stands.
-        self.data = b"," + b",".join(rows)
-        self._ends = array("I")
-        end = 0
-        for row in rows:
-            end += 1 + len(row)
-            self._ends.append(end)
-        self._media = dict(media)
-        self.first_time = rows[0][_TIME]
-        self.last_time = rows[-1][_TIME]
-        self._rendered: dict[str, bytes] = {}
-        self._gzipped: dict[tuple[str | None, bool], bytes] = {}
-        self.size = len(self.data) + _ROW_OVERHEAD * len(rows)
+    def __init__(self, data: bytes, ends: "array[int]", media: Mapping[int, Media]) -> None:
+        self.data = data
+        """The rows of four. With a comma before each, they are the same wherever they stand."""
+        self._ends = ends
+        self._media = media
+        self.first_time = self.row(0)[_TIME]
+        self.last_time = self.row(len(ends) - 1)[_TIME]
+        self._gzipped: dict[str | None, list[bytes]] = {}
+        self.size = len(data) + _ROW_OVERHEAD * len(ends)
         """Bytes of memory that its rows take, about."""
         self.made = 0
         """Bytes of memory that what was made of them takes."""
@@ -102,56 +99,82 @@ class Block:
 
     def row(self, index: int) -> bytes:
         """Return one row of four."""
-        start = self._ends[index - 1] if index else 0
-        return self.data[start + 1 : self._ends[index]]
+        return self.data[self._start(index) + 1 : self._ends[index]]
 
     def id(self, index: int) -> str:
         """Return a row's id."""
         return self.row(index)[_ID].decode()
 
     def image_row(self, index: int, media_url: str | None) -> bytes:
-        """Return a row as `encode_with_media` does."""
-        return _with_media(self.row(index), self._media.get(index), media_url)
+        """Return a row as `with_media` does."""
+        return with_media(self.row(index), self._media.get(index), media_url)
+
+    def rows(self) -> list[Encoded]:
+        """Return all rows."""
+        return [(self.row(index), self._media.get(index)) for index in range(len(self))]
+
+    def spliced(self, start: int, stop: int, rows: Sequence[Encoded]) -> "Block":
+        """Return a block with `rows` in place of those from `start` to `stop`.
+
+        What was compressed of the rows before those is not compressed again.
+        """
+        here, there = self._start(start), self._start(stop)
+        data, ends, media = _packed(rows)
+        data = b"".join((self.data[:here], data, self.data[there:]))
+        longer, more = len(data) - len(self.data), len(rows) - (stop - start)
+        moved = (end + longer for end in self._ends[stop:])
+        block = Block(
+            data,
+            self._ends[:start] + array("I", [here + end for end in ends]) + array("I", moved),
+            {index: self._media[index] for index in self._media if index < start}
+            | {start + index: media[index] for index in media}
+            | {index + more: self._media[index] for index in self._media if index >= stop},
+        )
+        # Addresses only lengthen rows: what ends before `here` without them does so with them.
+        untouched = max(here - 1, 0) // _GZIP_CHUNK
+        for media_url, pieces in tuple(self._gzipped.items()):  # a thread may be adding one
+            block._keep_gzipped(media_url, pieces[:untouched])
+        return block
+
+    def _start(self, index: int) -> int:
+        return self._ends[index - 1] if index else 0
 
     def part(self, media_url: str | None) -> bytes:
         """Return all rows, a comma before each: of four, or of six where `media_url` is given."""
         if media_url is None:
             return self.data
-        part = self._rendered.get(media_url)
-        if part is None:
-            rows = (self.image_row(index, media_url) for index in range(len(self)))
-            part = b"," + b",".join(rows)
-            # Addresses differ by the host that a request names; strangers choose that.
-            if len(self._rendered) >= _RENDERINGS:
+        parts = []
+        start = 0
+        for index in self._media:
+            parts.append(_without_media(self.data[start : self._start(index)]))
+            parts.append(b"," + self.image_row(index, media_url))
+            start = self._ends[index]
+        parts.append(_without_media(self.data[start:]))
+        return b"".join(parts)
+
+    def gzipped(self, part: bytes, media_url: str | None) -> list[bytes]:
+        """Return `part`, which is the one for `media_url`, compressed without its first comma.
+
+        What it returns stands within a deflate stream.
+        """
+        pieces = self._gzipped.get(media_url, [])
+        begun = 1 + len(pieces) * _GZIP_CHUNK
+        if begun < len(part):
+            starts = range(begun, len(part), _GZIP_CHUNK)
+            pieces = pieces + [_deflate(part[start : start + _GZIP_CHUNK]) for start in starts]
+            if media_url not in self._gzipped and len(self._gzipped) > _ADDRESSES:
                 self.forget_made()
-            self._rendered[media_url] = part
-            self.made += len(part)
-        return part
+            self._keep_gzipped(media_url, pieces)
+        return pieces
+
+    def _keep_gzipped(self, media_url: str | None, pieces: list[bytes]) -> None:
+        self._gzipped[media_url] = pieces
+        self.made = sum(sum(map(len, kept)) for kept in self._gzipped.values())
 
     def forget_made(self) -> None:
         """Forget what was made of the rows; it is made again when asked for."""
-        self._rendered.clear()
-        self._gzipped.clear()
+        self._gzipped = {}
         self.made = 0
-
-    def first_part(self, media_url: str | None) -> bytes:
-        """Return `part` as it begins an array."""
-        return b"[" + self.part(media_url)[1:]
-
-    def gzipped(self, media_url: str | None, *, first: bool) -> bytes:
-        """Return `part` or `first_part` compressed, to stand within a deflate stream."""
-        key = (media_url, first)
-        gzipped = self._gzipped.get(key)
-        if gzipped is None:
-            gzipped = _deflate(self.first_part(media_url) if first else self.part(media_url))
-            # Another thread may empty it at any moment.
-            self._gzipped[key] = gzipped
-            self.made += len(gzipped)
-        return gzipped
-
-    def pairs(self) -> list[tuple[bytes, Media | None]]:
-        """Return the rows of four, each with its media keys or None."""
-        return [(self.row(index), self._media.get(index)) for index in range(len(self))]
 
     def find(self, row_id: bytes, time: bytes) -> int | None:
         """Return the index of the row with this id, which has this time."""
@@ -167,21 +190,21 @@ class Block:
         return bisect_right(range(len(self)), time, key=lambda index: self.row(index)[_TIME])
 
 
-def blocks_of(rows: Sequence[tuple[bytes, Media | None]]) -> Iterator[Block]:
+def blocks_of(rows: Sequence[Encoded]) -> Iterator[Block]:
     """Pack rows into full blocks, and a last one that may not be full."""
-    packed: list[bytes] = []
-    media: dict[int, Media] = {}
-    size = 0
-    for row, keys in rows:
-        if keys is not None:
-            media[len(packed)] = keys
-        packed.append(row)
-        size += len(row)
-        if size >= BLOCK_SIZE:
-            yield Block(packed, media)
-            packed, media, size = [], {}, 0
-    if packed:
-        yield Block(packed, media)
+    begin = size = 0
+    for index, (row, _) in enumerate(rows):
+        size += 1 + len(row)
+        if size >= BLOCK_SIZE or index == len(rows) - 1:
+            yield Block(*_packed(rows[begin : index + 1]))
+            begin, size = index + 1, 0
+
+
+def _packed(rows: Sequence[Encoded]) -> tuple[bytes, "array[int]", dict[int, Media]]:
+    """Return the rows with a comma before each, where each ends, and which have media."""
+    data = b"".join(b"," + row for row, _ in rows)
+    ends = array("I", accumulate(1 + len(row) for row, _ in rows))
+    return data, ends, {index: media for index, (_, media) in enumerate(rows) if media is not None}
 
 
 def _deflate(data: bytes) -> bytes:
@@ -195,48 +218,60 @@ class Snapshot:
 
     version: another one means another content; the same one the same, in every process.
     older_than: the rows before this time are not here but in the database; None if all are here.
+    size: bytes that the rows take.
     """
 
     def __init__(self, version: str, blocks: Sequence[Block], older_than: bytes | None) -> None:
         self.version = version
         self.blocks = tuple(blocks)
         self.older_than = older_than
-        self._parts: dict[str | None, list[bytes]] = {}
-        self._gzip_parts: dict[str | None, list[bytes]] = {}
+        self.size = sum(block.size for block in blocks)
+        self._whole: dict[tuple[str | None, bool], list[bytes]] = {}
+        self._compressing = asyncio.Lock()
 
-    def __len__(self) -> int:
-        return sum(map(len, self.blocks))
-
-    def parts(self, media_url: str | None) -> list[bytes]:
+    def whole(self, media_url: str | None) -> list[bytes]:
         """Return the JSON array of rows of four, or of six where `media_url` is given."""
-        parts = self._parts.get(media_url)
+        parts = self._whole.get((media_url, False))
         if parts is None:
-            parts = _array([block.part(media_url) for block in self.blocks])
-            _remember(self._parts, media_url, parts)
+            parts = [b"[]"]
+            if self.blocks:
+                parts = [block.part(media_url) for block in self.blocks]
+                parts[0] = b"[" + parts[0][1:]
+                parts[-1] += b"]"
+            self._keep((media_url, False), parts)
         return parts
 
-    def gzip_parts(self, media_url: str | None) -> list[bytes]:
-        """Return `parts` as a gzip stream (RFC 1952). Takes a while; call it in a thread."""
-        parts = self._gzip_parts.get(media_url)
-        if parts is None:
-            checksum = length = 0
-            for part in self.parts(media_url):
-                checksum = zlib.crc32(part, checksum)
-                length += len(part)
-            parts = [
-                _GZIP_HEAD,
-                *(
-                    block.gzipped(media_url, first=not index)
-                    for index, block in enumerate(self.blocks)
-                ),
-                _GZIP_END if self.blocks else _GZIP_EMPTY,
-                struct.pack("<II", checksum, length & 0xFFFFFFFF),
-            ]
-            # In one piece as long as that is small: each piece costs the server a write.
-            if sum(map(len, parts)) <= BLOCK_SIZE:
-                parts = [b"".join(parts)]
-            _remember(self._gzip_parts, media_url, parts)
+    async def gzipped_whole(self, media_url: str | None) -> list[bytes]:
+        """Return `whole` as a gzip stream (RFC 1952)."""
+        # One does it, and those who came meanwhile find it.
+        async with self._compressing:
+            parts = self._whole.get((media_url, True))
+            if parts is None:
+                parts = await to_thread.run_sync(self._gzip, media_url)
+                self._keep((media_url, True), parts)
         return parts
+
+    def _gzip(self, media_url: str | None) -> list[bytes]:
+        pieces = [_GZIP_HEAD]
+        checksum = length = 0
+        for block in self.blocks:
+            pieces.append(_GZIP_COMMA if length else _GZIP_OPEN)
+            checksum = zlib.crc32(b"," if length else b"[", checksum)
+            part = block.part(media_url)
+            pieces += block.gzipped(part, media_url)
+            checksum = zlib.crc32(memoryview(part)[1:], checksum)
+            length += len(part)
+        end = b"]" if self.blocks else b"[]"
+        pieces.append(_last_deflate_block(end))
+        checksum = zlib.crc32(end, checksum)
+        pieces.append(struct.pack("<II", checksum, (length + len(end)) & 0xFFFFFFFF))
+        # In one piece as long as that is small: each piece costs the server a write.
+        return [b"".join(pieces)] if sum(map(len, pieces)) <= BLOCK_SIZE else pieces
+
+    def _keep(self, key: tuple[str | None, bool], parts: list[bytes]) -> None:
+        if len(self._whole) > 2 * _ADDRESSES:
+            self._whole.clear()
+        self._whole[key] = parts
 
     def newest(self, limit: int) -> list[tuple[Block, int]]:
         """Return where the last `limit` rows are, oldest first."""
@@ -249,27 +284,10 @@ class Snapshot:
         return found[::-1]
 
 
-def _array(parts: list[bytes]) -> list[bytes]:
-    """Make a JSON array of rows that each have a comma before them."""
-    if not parts:
-        return [b"[]"]
-    parts[0] = b"[" + parts[0][1:]
-    parts[-1] += b"]"
-    return parts
-
-
-def _remember(
-    made: dict[str | None, list[bytes]], media_url: str | None, parts: list[bytes]
-) -> None:
-    if len(made) > _RENDERINGS:
-        made.clear()
-    made[media_url] = parts
-
-
 def _last_deflate_block(data: bytes) -> bytes:
     compressor = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
     return compressor.compress(data) + compressor.flush()
 
 
-_GZIP_END: Final = _last_deflate_block(b"]")
-_GZIP_EMPTY: Final = _last_deflate_block(b"[]")
+_GZIP_OPEN: Final = _deflate(b"[")
+_GZIP_COMMA: Final = _deflate(b",")

@@ -9,12 +9,12 @@ from bisect import bisect_left, bisect_right
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 import asyncpg
 
-from chatterd.blocks import BLOCK_SIZE, Block, Media, Row, Snapshot, blocks_of, encode
+from chatterd.blocks import BLOCK_SIZE, Block, Encoded, Row, Snapshot, blocks_of, encode
 from chatterd.database import Database, Line, SchemaError, Statement
 from chatterd.errors import DatabaseUnavailable, Problem
 from chatterd.models import (
@@ -30,13 +30,14 @@ logger = logging.getLogger(__name__)
 
 _CHANGES_LIMIT: Final = 1_000
 _PAGE_LIMIT: Final = 2_000
+_PAGE_SIZE: Final = 1024 * 1024
 # Past these, beginning anew with the newest page is quicker than taking in change by change.
 _CHANGE_PAGES: Final = 10
 _PUT_LIMIT: Final = 500
 
-_NEWEST: Final = Statement(feed_newest(_PAGE_LIMIT))
+_NEWEST: Final = Statement(feed_newest(_PAGE_LIMIT, _PAGE_SIZE))
 _CHANGES: Final = Statement(feed_changes(_CHANGES_LIMIT))
-_PAGE_BEFORE: Final = Statement(feed_page_before(_PAGE_LIMIT))
+_PAGE_BEFORE: Final = Statement(feed_page_before(_PAGE_LIMIT, _PAGE_SIZE))
 
 _LAST_TIME: Final = b"9999-12-31T23:59:59.999999Z"
 _BEYOND: Final = b"~"  # later than any time
@@ -93,14 +94,15 @@ class Feed:
         given: set[str] = set()
         while True:
             async with self._database.transaction() as session:
-                rows = (await session.execute(feed_page(last, before, _PAGE_LIMIT))).all()
+                page = feed_page(last, before, _PAGE_LIMIT, _PAGE_SIZE)
+                rows = (await session.execute(page)).all()
             if rows:
                 yield [Row(*row[:6]) for row in rows if row.id not in given]
                 if last is None or rows[-1].at != last[0]:
                     given = set()
                 last = (rows[-1].at, rows[-1].seq)
                 given.update(row.id for row in rows if row.at == last[0])
-            if len(rows) < _PAGE_LIMIT:
+            if _is_last(rows):
                 return
 
     async def page(
@@ -120,7 +122,7 @@ class Feed:
                 found = await session.execute(feed_page(place, None, limit))
                 return [Row(*row[:6]) for row in found]
             found = await session.execute(feed_page_back(place, limit))
-            return [Row(*row) for row in found][::-1]
+            return [Row(*row[:6]) for row in found][::-1]
 
     async def aclose(self) -> None:
         """End what runs in the background and give the connection back."""
@@ -196,8 +198,8 @@ class Feed:
                 SchemaError("The table feed has no row."), maybe_committed=False
             )
         state = records[0]
-        self._seq = state["seq"]
-        self._keep_page([Row(*tuple(record)[3:]) for record in records if record["id"]])
+        self._seq = state["newest"]
+        self._keep_page([record for record in records if record["id"]])
         self._identity = (state["epoch"].hex, state["table"], self._line.connects)
         if self._older_than is not None:
             self._loading = asyncio.create_task(self._load_older())
@@ -220,13 +222,13 @@ class Feed:
         assert self._older_than is not None
         # Rows may be newer than `_seq`; they come again as changes.
         found = await self._line.fetch(_PAGE_BEFORE, time=_datetime(self._older_than))
-        return self._keep_page([Row(*record) for record in found])
+        return self._keep_page(found)
 
-    def _keep_page(self, newest_first: list[Row]) -> bool:
+    def _keep_page(self, newest_first: Sequence[asyncpg.Record]) -> bool:
         """Put a page in front of what is kept; tell whether there may be more."""
         self._snapshot = None
-        rows = newest_first[::-1]
-        if len(rows) < _PAGE_LIMIT:
+        rows = [Row(*(record[name] for name in Row._fields)) for record in reversed(newest_first)]
+        if _is_last(newest_first):
             self._older_than = None
         else:
             # Of equal times all must be kept, or none: the page may have cut between them.
@@ -236,7 +238,11 @@ class Feed:
                 self._older_than = self._older_than or _behind(cut.encode())
                 return False
             self._older_than = rows[0].time.encode()
-        self._blocks[:0] = blocks_of([_encoded(row) for row in rows])
+        page = list(map(encode, rows))
+        if self._blocks and len(self._blocks[0].data) < BLOCK_SIZE:
+            self._blocks[0] = self._blocks[0].spliced(0, 0, page)
+        else:
+            self._blocks[:0] = blocks_of(page)
         self._trim()
         return self._older_than is not None
 
@@ -246,7 +252,7 @@ class Feed:
         Tell whether it was done: it is not where that would take long.
         """
         self._snapshot = None
-        appended: list[tuple[bytes, Media | None]] = []
+        appended: list[Encoded] = []
         newest = self._blocks[-1].last_time if self._blocks else b""
         puts = 0
         for record in records:
@@ -255,7 +261,7 @@ class Feed:
             if self._older_than is not None and time < self._older_than:
                 continue  # the database has it
             if time > newest:
-                appended.append(_encoded(row))
+                appended.append(encode(row))
                 newest = time
             else:
                 puts += 1
@@ -263,44 +269,55 @@ class Feed:
                     return False
                 self._append(appended)
                 appended = []
-                self._put(row.id.encode(), time, _encoded(row))
+                self._put(row.id.encode(), time, encode(row))
                 newest = self._blocks[-1].last_time
         self._append(appended)
         self._seq = records[-1]["seq"]
         self._trim()
         return True
 
-    def _append(self, rows: list[tuple[bytes, Media | None]]) -> None:
-        if not rows:
-            return
-        if self._blocks and len(self._blocks[-1].data) < BLOCK_SIZE:
-            rows = [*self._blocks.pop().pairs(), *rows]
-        self._blocks.extend(blocks_of(rows))
+    def _append(self, rows: Sequence[Encoded]) -> None:
+        room = BLOCK_SIZE - len(self._blocks[-1].data) if self._blocks else 0
+        count = 0
+        while count < len(rows) and room > 0:
+            room -= len(rows[count][0])
+            count += 1
+        if count:
+            last = self._blocks[-1]
+            self._blocks[-1] = last.spliced(len(last), len(last), rows[:count])
+        self._blocks.extend(blocks_of(rows[count:]))
 
-    def _put(self, row_id: bytes, time: bytes, new: tuple[bytes, Media | None]) -> None:
+    def _put(self, row_id: bytes, time: bytes, new: Encoded) -> None:
         """Replace the row of this id, whose time never changes, or insert it.
 
         It goes behind all others of its time: its seq is newer than theirs.
         """
         self._remove(row_id, time)
-        place = max(bisect_right(self._blocks, time, key=lambda block: block.first_time) - 1, 0)
         if not self._blocks:
             self._blocks.extend(blocks_of([new]))
             return
-        pairs = self._blocks[place].pairs()
-        pairs.insert(self._blocks[place].after(time), new)
-        self._blocks[place : place + 1] = blocks_of(pairs)
+        place = max(bisect_right(self._blocks, time, key=lambda block: block.first_time) - 1, 0)
+        index = self._blocks[place].after(time)
+        self._splice(place, index, index, [new])
 
     def _remove(self, row_id: bytes, time: bytes) -> None:
         place = bisect_left(self._blocks, time, key=lambda block: block.last_time)
         while place < len(self._blocks) and self._blocks[place].first_time <= time:
             index = self._blocks[place].find(row_id, time)
             if index is not None:
-                pairs = self._blocks[place].pairs()
-                del pairs[index]
-                self._blocks[place : place + 1] = blocks_of(pairs)
+                self._splice(place, index, index + 1, [])
                 return
             place += 1
+
+    def _splice(self, place: int, start: int, stop: int, rows: Sequence[Encoded]) -> None:
+        """Put `rows` in place of some of one block's."""
+        block = self._blocks[place]
+        if len(block) + len(rows) == stop - start:
+            del self._blocks[place]
+            return
+        block = block.spliced(start, stop, rows)
+        is_small = len(block.data) <= 2 * BLOCK_SIZE
+        self._blocks[place : place + 1] = [block] if is_small else blocks_of(block.rows())
 
     def _size(self) -> int:
         return sum(block.size for block in self._blocks)
@@ -311,14 +328,13 @@ class Feed:
             time = self._blocks.pop(0).last_time
             # Of equal times all must be kept, or none.
             while self._blocks and self._blocks[0].first_time == time:
-                rest = self._blocks.pop(0)
-                self._blocks[:0] = blocks_of(rest.pairs()[rest.after(time) :])
+                self._splice(0, 0, self._blocks[0].after(time), [])
             self._older_than = self._blocks[0].first_time if self._blocks else _behind(time)
 
 
-def _encoded(row: Row) -> tuple[bytes, Media | None]:
-    media = None if row.image is None and row.video is None else Media(row.image, row.video)
-    return encode(row), media
+def _is_last(page: Sequence[Any]) -> bool:
+    """Tell whether there are no rows behind those of a page, which may be limited by its size."""
+    return len(page) < _PAGE_LIMIT and (not page or page[-1][-1] < _PAGE_SIZE)
 
 
 def _datetime(time: bytes) -> datetime:

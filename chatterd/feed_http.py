@@ -9,18 +9,20 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qsl, quote
 from uuid import UUID
 
-from anyio import to_thread
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 from werkzeug.http import parse_accept_header, parse_etags
 
-from chatterd.blocks import Snapshot, encode_with_media
+from chatterd.blocks import Snapshot, encode, with_media
 from chatterd.errors import BrokenAnswer, DatabaseUnavailable, Problem
 from chatterd.feed import Feed
 
 _LIMIT_DEFAULT: Final = 50
 _LIMIT_MAX: Final = 500
+# Media addresses differ by the host that a request names, and strangers choose that: only a feed
+# up to this size is kept as a whole for each of a few hosts.
+_KEPT_SIZE: Final = 8 * 1024 * 1024
 _UUID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
 
 
@@ -49,8 +51,9 @@ async def feed_response(request: Request[Any], feed: Feed, media_url: str | None
             if_none_match = if_none_match + b"," + value if if_none_match else value
         elif name == b"accept-encoding":
             accept_encoding = accept_encoding + b"," + value if accept_encoding else value
-    # The older part comes from the database as it is.
-    gzip = page is None and snapshot.older_than is None and _is_gzip_accepted(accept_encoding)
+    # What is sent block by block is sent as it is.
+    in_parts = snapshot.older_than is None and (media_url is None or snapshot.size <= _KEPT_SIZE)
+    gzip = page is None and in_parts and _is_gzip_accepted(accept_encoding)
     etag = _etag(snapshot.version, media_url, query, gzip)
     headers = [
         (b"content-type", b"application/json"),
@@ -64,16 +67,16 @@ async def feed_response(request: Request[Any], feed: Feed, media_url: str | None
         rows = await _page_rows(feed, snapshot, page, media_url)
         headers.append((b"link", _links(request.scope["path"], page, rows).encode()))
         return PartsResponse(200, headers, [b"[" + b",".join(row for _, row in rows) + b"]"])
-    if snapshot.older_than is not None:
+    if not in_parts:
         head = request.method == "HEAD"
-        response = Response() if head else StreamingResponse(_whole(feed, snapshot, media_url))
+        response = Response() if head else StreamingResponse(_by_block(feed, snapshot, media_url))
         response.raw_headers = headers
         return response
     if gzip:
         headers.append((b"content-encoding", b"gzip"))
-        parts = await to_thread.run_sync(snapshot.gzip_parts, media_url)
+        parts = await snapshot.gzipped_whole(media_url)
     else:
-        parts = snapshot.parts(media_url)
+        parts = snapshot.whole(media_url)
     return PartsResponse(200, headers, parts)
 
 
@@ -106,23 +109,24 @@ class PartsResponse(Response):
         await send({"type": "http.response.body", "body": last})
 
 
-async def _whole(feed: Feed, snapshot: Snapshot, media_url: str | None) -> AsyncIterator[bytes]:
-    """Yield the rows that are in the database, then those of `snapshot`, as one array."""
+async def _by_block(feed: Feed, snapshot: Snapshot, media_url: str | None) -> AsyncIterator[bytes]:
+    """Yield the rows that are in the database, then those of `snapshot`, as one array.
+
+    No more than a page or a block is made at a time, whatever the client does.
+    """
     begin = b"["
     try:
         async for rows in feed.older(snapshot):
-            yield begin + b",".join(encode_with_media(row, media_url) for row in rows)
+            encoded = (with_media(*encode(row), media_url) for row in rows)
+            yield begin + b",".join(encoded)
             begin = b","
     except DatabaseUnavailable as error:
         raise BrokenAnswer("The database went away within the feed") from error
-    if not snapshot.blocks:
-        yield b"[]" if begin == b"[" else b"]"
-        return
-    first, *rest = (block.part(media_url) for block in snapshot.blocks)
-    yield begin + first[1:]
-    for part in rest:
-        yield part
-    yield b"]"
+    for block in snapshot.blocks:
+        part = block.part(media_url)
+        yield part if begin == b"," else begin + part[1:]
+        begin = b","
+    yield b"[]" if begin == b"[" else b"]"
 
 
 def _page(query: bytes) -> _Page:
@@ -162,7 +166,7 @@ async def _page_rows(
         if len(newest) == page.limit or snapshot.older_than is None:
             return [(block.id(index), block.image_row(index, media_url)) for block, index in newest]
     rows = await feed.page(page.limit, before=page.before, after=page.after)
-    return [(row.id, encode_with_media(row, media_url)) for row in rows]
+    return [(row.id, with_media(*encode(row), media_url)) for row in rows]
 
 
 def _links(path: str, page: _Page, rows: Sequence[tuple[str, bytes]]) -> str:

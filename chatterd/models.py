@@ -8,6 +8,7 @@ from sqlalchemy import (
     ARRAY,
     BigInteger,
     CheckConstraint,
+    ColumnElement,
     DateTime,
     FetchedValue,
     Index,
@@ -113,16 +114,40 @@ _ROW = (
 )
 
 
-def feed_newest(limit: int) -> Select[Any]:
-    """Select the state of the feed and its last `limit` rows, newest first.
+def _page(limit: int, *where: ColumnElement[bool], backward: bool = False) -> Select[Any]:
+    """Select the feed's first rows, or its last, newest first; then each one's (time, seq)."""
+    order = (column.desc() if backward else column for column in (Chatt.time, Chatt.seq))
+    return (
+        select(*_ROW, Chatt.time.label("at"), Chatt.seq).where(*where).order_by(*order).limit(limit)
+    )
+
+
+def _within(size: int, page: Select[Any], *, backward: bool = False) -> Select[Any]:
+    """Select the rows of `page` as far as they begin within `size` bytes of text.
+
+    One more column, `read`, has the bytes up to the row's end. Where the last row's is `size` or
+    more, rows may have been left out.
+    """
+    octets = func.octet_length(Chatt.name) + func.octet_length(Chatt.message)
+    rows = page.add_columns(octets.label("octets")).subquery()
+    order = [column.desc() if backward else column for column in (rows.c.at, rows.c.seq)]
+    read = func.sum(rows.c.octets).over(order_by=order, rows=(None, 0))
+    counted = select(rows, read.label("read")).subquery()
+    order = [column.desc() if backward else column for column in (counted.c.at, counted.c.seq)]
+    columns = (column for column in counted.c if column.key != "octets")
+    return select(*columns).where(counted.c.read - counted.c.octets < size).order_by(*order)
+
+
+def feed_newest(limit: int, size: int) -> Select[Any]:
+    """Select the state of the feed and its last rows as `feed_page_before` does.
 
     The state is its epoch, its table and its newest seq. A table that has been restored from a
     dump keeps its epoch and is another table. Always at least one row; where there is no chatt,
-    its own columns are NULL. One statement sees one state.
+    the page's columns are NULL. One statement sees one state.
     """
     newest = select(func.coalesce(func.max(Chatt.seq), 0)).scalar_subquery()
-    page = select(*_ROW).order_by(Chatt.time.desc(), Chatt.seq.desc()).limit(limit).lateral("page")
-    return select(Feed.epoch, _TABLE.label("table"), newest.label("seq"), page).select_from(
+    page = _within(size, _page(limit, backward=True), backward=True).lateral("page")
+    return select(Feed.epoch, _TABLE.label("table"), newest.label("newest"), page).select_from(
         Feed.__table__.join(page, true(), isouter=True)
     )
 
@@ -146,33 +171,33 @@ def feed_changes(limit: int) -> Select[Any]:
     ).select_from(Feed.__table__.join(sequence, true()).join(changed, true(), isouter=True))
 
 
-def feed_page_before(limit: int) -> Select[Any]:
-    """Select the last `limit` rows earlier than `:time`, newest first."""
-    return (
-        select(*_ROW)
-        .where(Chatt.time < bindparam("time", type_=DateTime(timezone=True)))
-        .order_by(Chatt.time.desc(), Chatt.seq.desc())
-        .limit(limit)
-    )
+def feed_page_before(limit: int, size: int) -> Select[Any]:
+    """Select the last `limit` rows earlier than `:time`, newest first.
+
+    Only as far as they begin within `size` bytes of text: see `_within`.
+    """
+    earlier = Chatt.time < bindparam("time", type_=DateTime(timezone=True))
+    return _within(size, _page(limit, earlier, backward=True), backward=True)
 
 
 def feed_page(
-    after: tuple[datetime, int] | None, before: datetime | None, limit: int
+    after: tuple[datetime, int] | None,
+    before: datetime | None,
+    limit: int,
+    size: int | None = None,
 ) -> Select[Any]:
     """Select the first `limit` rows behind the (time, seq) of `after`, in the feed's order.
 
-    `before`: only rows earlier than that. The two last columns are the row's (time, seq).
+    `before`: only rows earlier than that. `size`: only as far as they begin within so many bytes
+    of text, see `_within`. The columns behind the row's own are its (time, seq), as at and seq.
     """
-    statement = (
-        select(*_ROW, Chatt.time.label("at"), Chatt.seq)
-        .order_by(Chatt.time, Chatt.seq)
-        .limit(limit)
-    )
+    where = []
     if after is not None:
-        statement = statement.where(tuple_(Chatt.time, Chatt.seq) > after)
+        where.append(tuple_(Chatt.time, Chatt.seq) > after)
     if before is not None:
-        statement = statement.where(Chatt.time < before)
-    return statement
+        where.append(Chatt.time < before)
+    page = _page(limit, *where)
+    return page if size is None else _within(size, page)
 
 
 def place_of(chatt_id: UUID) -> Select[datetime, int]:
@@ -182,10 +207,8 @@ def place_of(chatt_id: UUID) -> Select[datetime, int]:
 
 def feed_page_back(before: tuple[datetime, int] | None, limit: int) -> Select[Any]:
     """Select the last `limit` rows before the (time, seq) of `before`, newest first."""
-    statement = select(*_ROW).order_by(Chatt.time.desc(), Chatt.seq.desc()).limit(limit)
-    if before is not None:
-        statement = statement.where(tuple_(Chatt.time, Chatt.seq) < before)
-    return statement
+    where = () if before is None else (tuple_(Chatt.time, Chatt.seq) < before,)
+    return _page(limit, *where, backward=True)
 
 
 def insert_chatts() -> Insert:

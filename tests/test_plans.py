@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
 ROWS = 100_000
+SIZE = 2**20
 
 
 class Place(NamedTuple):
@@ -71,13 +72,13 @@ def statements(place: Place) -> dict[str, tuple[ClauseElement, dict[str, object]
     at = (place.time, place.seq)
     later = place.time + timedelta(days=1)
     return {
-        "newest": (feed_newest(2_000), {}),
+        "newest": (feed_newest(2_000, SIZE), {}),
         "changes": (feed_changes(1_000), {"seq": place.seq}),
-        "page loaded": (feed_page_before(2_000), {"time": place.time}),
+        "page loaded": (feed_page_before(2_000, SIZE), {"time": place.time}),
         "first page": (feed_page(None, None, 50), {}),
-        "first page before a time": (feed_page(None, later, 2_000), {}),
+        "first page before a time": (feed_page(None, later, 2_000, SIZE), {}),
         "page after": (feed_page(at, None, 50), {}),
-        "page after, before a time": (feed_page(at, later, 2_000), {}),
+        "page after, before a time": (feed_page(at, later, 2_000, SIZE), {}),
         "newest page": (feed_page_back(None, 500), {}),
         "page before": (feed_page_back(at, 500), {}),
         "place of a chatt": (place_of(place.id), {}),  # type: ignore[arg-type] # PostgreSQL casts it
