@@ -26,6 +26,7 @@ _TIME: Final = slice(-29, -2)
 _ID: Final = slice(-68, -32)
 _ROW_OVERHEAD: Final = 8
 _ADDRESSES: Final = 2
+_JOINED_SIZE: Final = 4 * 1024 * 1024
 
 # Bytes that are compressed together: a new row costs the compression of no more.
 _GZIP_CHUNK: Final = 128 * 1024
@@ -207,6 +208,14 @@ def _packed(rows: Sequence[Encoded]) -> tuple[bytes, "array[int]", dict[int, Med
     return data, ends, {index: media for index, (_, media) in enumerate(rows) if media is not None}
 
 
+def _joined(parts: list[bytes]) -> list[bytes]:
+    """Return one part in place of several, unless that would take much memory.
+
+    Each part costs the server a write.
+    """
+    return [b"".join(parts)] if sum(map(len, parts)) <= _JOINED_SIZE else parts
+
+
 def _deflate(data: bytes) -> bytes:
     compressor = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
     # A full flush ends on a whole byte and forgets what came before (zlib manual, deflate).
@@ -238,18 +247,19 @@ class Snapshot:
                 parts = [block.part(media_url) for block in self.blocks]
                 parts[0] = b"[" + parts[0][1:]
                 parts[-1] += b"]"
+            parts = _joined(parts)
             self._keep((media_url, False), parts)
         return parts
 
     async def gzipped_whole(self, media_url: str | None) -> list[bytes]:
         """Return `whole` as a gzip stream (RFC 1952)."""
-        # One does it, and those who came meanwhile find it.
-        async with self._compressing:
-            parts = self._whole.get((media_url, True))
-            if parts is None:
-                parts = await to_thread.run_sync(self._gzip, media_url)
-                self._keep((media_url, True), parts)
-        return parts
+        key = (media_url, True)
+        if key not in self._whole:
+            # One does it, and those who came meanwhile find it.
+            async with self._compressing:
+                if key not in self._whole:
+                    self._keep(key, await to_thread.run_sync(self._gzip, media_url))
+        return self._whole[key]
 
     def _gzip(self, media_url: str | None) -> list[bytes]:
         pieces = [_GZIP_HEAD]
@@ -265,8 +275,7 @@ class Snapshot:
         pieces.append(_last_deflate_block(end))
         checksum = zlib.crc32(end, checksum)
         pieces.append(struct.pack("<II", checksum, (length + len(end)) & 0xFFFFFFFF))
-        # In one piece as long as that is small: each piece costs the server a write.
-        return [b"".join(pieces)] if sum(map(len, pieces)) <= BLOCK_SIZE else pieces
+        return _joined(pieces)
 
     def _keep(self, key: tuple[str | None, bool], parts: list[bytes]) -> None:
         if len(self._whole) > 2 * _ADDRESSES:

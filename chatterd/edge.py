@@ -1,7 +1,7 @@
 """The outermost layer of the application: what holds for every request, whatever answers it.
 
-Each request gets an id, must name a host that is served, and never leaves its connection in a
-state the server cannot clean up.
+Each request gets an id, must name a host that is served, is told of an error as a problem, and
+never leaves its connection in a state the server cannot clean up.
 """
 
 import asyncio
@@ -11,11 +11,13 @@ import re
 import secrets
 from contextlib import suppress
 from functools import lru_cache
+from http import HTTPStatus
 from typing import Final
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chatterd.errors import BrokenAnswer, Problem, problem_response
+from chatterd.errors import BrokenAnswer, Problem, problem_of, problem_response
 
 logger = logging.getLogger(__name__)
 
@@ -69,17 +71,22 @@ class Edge:
         if self._requests:
             logger.warning("Ended %d requests that were still under way", len(self._requests))
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: C901 - one function's call costs a hundredth of a small request
         host, request_id, has_body = _head(scope)
-        if not _SANE_REQUEST_ID.fullmatch(request_id):
+        if not request_id or not _SANE_REQUEST_ID.fullmatch(request_id):
             request_id = b"%b%x" % (self._id_prefix, next(self._id_counter))
-        scope.setdefault("state", {})["request_id"] = request_id.decode()
-        body = _RequestBody(receive, ended=not has_body)
+        begun = False
+        body = None
+        if has_body:
+            body = _RequestBody(receive)
+            receive = body.receive
 
         async def send_answer(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
-            elif not body.ended and not message.get("more_body", False):
+            elif body and not body.ended and not message.get("more_body", False):
                 # The client has its whole answer before it is asked to finish its request.
                 await send({**message, "more_body": True})
                 await body.drain()
@@ -92,17 +99,25 @@ class Edge:
             problem = Problem("host-not-allowed", "This server does not answer under this name.")
             app = problem_response(problem, request_id.decode())
         try:
-            await app(scope, body.receive, send_answer)
+            await app(scope, receive, send_answer)
         except BrokenAnswer as error:
             # Returning without the end of the answer makes the server close the connection.
             logger.warning("Broke off an answer (request %s): %s", request_id.decode(), error)
+        except ClientDisconnect:
+            pass  # before its request was complete: there is nobody to answer
+        except Exception as error:
+            if begun:
+                raise
+            problem = problem_of(error, scope["method"])
+            await problem_response(problem, request_id.decode())(scope, receive, send_answer)
+            if problem.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+                raise  # the server logs it with its traceback
+        finally:
             self._discard_rest(body)
-        except BaseException:
-            self._discard_rest(body)
-            raise
 
-    def _discard_rest(self, body: "_RequestBody") -> None:
-        if not body.ended:
+    def _discard_rest(self, body: "_RequestBody | None") -> None:
+        if body and not body.ended and not body.is_discarded:
+            body.is_discarded = True
             task = asyncio.create_task(body.discard())
             self._discards.add(task)
             task.add_done_callback(self._discards.discard)
@@ -145,10 +160,11 @@ class _RequestBody:
     here.
     """
 
-    def __init__(self, receive: Receive, *, ended: bool) -> None:
+    def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._disconnected = False
-        self.ended = ended
+        self.ended = False
+        self.is_discarded = False
 
     async def receive(self) -> Message:
         """Receive as the application does, noting the end."""

@@ -12,9 +12,7 @@ from typing import Final
 
 import msgspec
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import ExceptionHandler
 
 logger = logging.getLogger(__name__)
 
@@ -121,49 +119,20 @@ def problem_response(problem: Problem, request_id: str) -> Response:
     )
 
 
-def _respond(request: Request, problem: Problem) -> Response:
-    return problem_response(problem, request.scope["state"]["request_id"])
-
-
-async def _problem(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Problem)
-    return _respond(request, error)
-
-
-async def _framework_error(request: Request, error: Exception) -> Response:
-    """Turn what Starlette's router raises, 404 and 405, into a problem."""
-    assert isinstance(error, HTTPException)
-    if error.status_code == http.HTTPStatus.METHOD_NOT_ALLOWED:
-        allowed = (error.headers or {}).get("Allow", "")
-        detail = f"This address does not answer {request.method}; it answers {allowed}."
-        return _respond(request, Problem("method-not-allowed", detail, error.headers))
-    return _respond(request, Problem("not-found", "There is nothing at this address."))
-
-
-async def _client_left(_request: Request, _error: Exception) -> Response:
-    """Answer nobody: the client went away before its request was complete."""
-    return Response(status_code=400)
-
-
-async def _os_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, OSError)
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        logger.error("No room left in the media folder: %s", error.strerror)
-        return _respond(request, Problem("storage-full", "The server has no room for this file."))
-    logger.error("Failed on a file", exc_info=error)
-    return await _internal_error(request, error)
-
-
-async def _internal_error(request: Request, _error: Exception) -> Response:
-    """Answer 500; Starlette raises the error again, so the server logs it with its traceback."""
-    detail = "Something went wrong on the server; its log tells more under this request_id."
-    return _respond(request, Problem("internal-error", detail))
-
-
-exception_handlers: Final[Mapping[type[Exception], ExceptionHandler]] = {
-    Problem: _problem,
-    HTTPException: _framework_error,
-    ClientDisconnect: _client_left,
-    OSError: _os_error,
-    Exception: _internal_error,
-}
+def problem_of(error: Exception, method: str) -> Problem:
+    """Return what a client is told of an error that its request, of this method, has met."""
+    match error:
+        case Problem():
+            return error
+        case HTTPException(status_code=405):
+            allowed = (error.headers or {}).get("Allow", "")
+            detail = f"This address does not answer {method}; it answers {allowed}."
+            return Problem("method-not-allowed", detail, error.headers)
+        case HTTPException(status_code=404):
+            return Problem("not-found", "There is nothing at this address.")
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            logger.error("No room left in the media folder: %s", error.strerror)
+            return Problem("storage-full", "The server has no room for this file.")
+        case _:
+            detail = "Something went wrong on the server; its log tells more under this request_id."
+            return Problem("internal-error", detail)

@@ -15,5 +15,5 @@ _ENDPOINTS = {
 
 # Both forms answer directly: some clients do not follow a redirect of a POST (contract §1).
 routes = [
-    Route(path + slash, endpoint) for path, endpoint in _ENDPOINTS.items() for slash in ("", "/")
+    Route(path + slash, endpoint) for slash in ("", "/") for path, endpoint in _ENDPOINTS.items()
 ]

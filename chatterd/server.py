@@ -6,12 +6,15 @@ import logging
 import signal
 import socket
 import ssl
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import hypercorn.asyncio
+import uvloop
+from hypercorn.asyncio import tcp_server
 from hypercorn.config import Config
 from hypercorn.utils import LifespanFailureError
 from starlette.types import Message, Receive, Scope, Send
@@ -27,7 +30,10 @@ _STOP_SECONDS: Final = 2.2
 # How long a TLS connection that we close waits for the client's own goodbye; asyncio's 30 seconds
 # would outlast the stop.
 _TLS_GOODBYE_SECONDS: Final = 0.2
+_IDLE_SECONDS: Final = 0.2
 _BACKLOG: Final = 1024
+# Objects made and not yet freed, after which Python looks for garbage; its own default is 700.
+_GARBAGE_THRESHOLD: Final = 20_000
 
 
 class Address(NamedTuple):
@@ -64,13 +70,16 @@ def run(app: Edge, listener: socket.socket, address: Address, on_ready: Callable
         runner.run(serve(app, listener, address, on_ready))
 
 
-class _Loop(asyncio.SelectorEventLoop):
-    """Says to a TLS server what Hypercorn has no setting for."""
+class _Loop(uvloop.Loop):
+    """Says to a TLS server what Hypercorn has no setting for.
+
+    uvloop, and not asyncio's own: a small request takes a twentieth to a tenth less time.
+    """
 
     async def create_server(self, *args: Any, **options: Any) -> asyncio.Server:  # noqa: ANN401 - asyncio's signature
         if options.get("ssl"):
             options.setdefault("ssl_shutdown_timeout", _TLS_GOODBYE_SECONDS)
-        return await super().create_server(*args, **options)
+        return await super().create_server(*args, **options)  # type: ignore[return-value] # has all of its methods
 
 
 async def serve(
@@ -92,9 +101,11 @@ async def serve(
             await send(message)
             if message["type"] == "lifespan.startup.complete":
                 # What has been imported stays; looking through it for garbage again and again
-                # would take a third of the time of a small request.
+                # would take a third of the time of a small request. A request leaves little
+                # garbage in cycles: it need not be looked for after every few of them.
                 gc.collect()
                 gc.freeze()
+                gc.set_threshold(_GARBAGE_THRESHOLD)
                 on_ready()
 
         await app(scope, receive, announcing_send if scope["type"] == "lifespan" else send)
@@ -144,10 +155,66 @@ def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
         loop.default_exception_handler(context)
 
 
+class _LateTask:
+    """A connection's watch over its idleness, `hypercorn.typing.SingleTask`, begun a little later.
+
+    Hypercorn begins a task after each answer and ends it with the next request. Under load that
+    one comes at once, and the task is a seventh of what a small request costs. And it is a task of
+    its own here: Hypercorn's keeps the connection of a client that has left until it ends.
+    """
+
+    def __init__(self) -> None:
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def restart(
+        self, _task_group: object, action: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
+        """Run `action` in a moment, in place of what was run before."""
+        if self._timer or self._task:
+            await self.stop()
+        self._timer = asyncio.get_running_loop().call_later(_IDLE_SECONDS, self._begin, action)
+
+    def _begin(self, action: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._timer = None
+        self._task = asyncio.create_task(action())
+
+    async def stop(self) -> None:
+        """End it."""
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        if self._task:
+            task, self._task = self._task, None
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+
+# There is no setting for it. Where a later Hypercorn does not use this name, nothing is lost but
+# speed.
+tcp_server.AsyncioSingleTask = _LateTask  # type: ignore[attr-defined, assignment] # same methods
+
+
+class _Config(Config):
+    """Makes the Date header once a second, not for each answer."""
+
+    _date: tuple[int, list[tuple[bytes, bytes]]] = (0, [])
+
+    def response_headers(self, protocol: str) -> list[tuple[bytes, bytes]]:
+        """Return the headers that the server itself puts into each answer."""
+        second = int(time.time())
+        if self._date[0] != second:
+            self._date = (second, super().response_headers(protocol))
+        return self._date[1]
+
+
 def _config(listener: socket.socket, address: Address) -> Config:
-    config = Config()
+    config = _Config()
     config.bind = [f"fd://{listener.detach()}"]  # Hypercorn's from here on
-    config.loglevel = "WARNING"  # the start is announced in our own words
+    # Through our own handler, and only once.
+    config.errorlog = logging.getLogger("hypercorn.error")
+    config.errorlog.setLevel(logging.WARNING)  # the start is announced in our own words
     config.include_server_header = False
     config.graceful_timeout = 0.5  # requests had their time before
     # Also the time a request's head may take, and how long Hypercorn holds on to the connection
