@@ -129,8 +129,8 @@ async def _by_block(feed: Feed, snapshot: Snapshot, media_url: str | None) -> As
     yield b"[]" if begin == b"[" else b"]"
 
 
-def _page(query: bytes) -> _Page:
-    """Return the page that a query string asks for; raises `Problem` 422."""
+def _page(query: bytes) -> _Page | None:
+    """Return the page that a query string asks for, if any; raises `Problem` 422."""
     fields: dict[str, str] = {}
     for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
         if name not in {"limit", "before", "after"} or name in fields:
@@ -140,6 +140,8 @@ def _page(query: bytes) -> _Page:
                 " a page is asked for by limit, before and after.",
             )
         fields[name] = value
+    if not fields:
+        return None
     limit = fields.get("limit", str(_LIMIT_DEFAULT))
     if not re.fullmatch("[0-9]{1,9}", limit) or not 1 <= int(limit) <= _LIMIT_MAX:
         raise Problem("limit-invalid", f"limit must be a number from 1 to {_LIMIT_MAX}.")

@@ -17,7 +17,6 @@ import uvloop
 from hypercorn.asyncio import tcp_server
 from hypercorn.config import Config
 from hypercorn.utils import LifespanFailureError
-from starlette.types import Message, Receive, Scope, Send
 
 from chatterd.edge import Edge
 from chatterd.lifespan import StartError
@@ -96,26 +95,21 @@ async def serve(
     for name in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(name, stopping.set)
 
-    async def announced_app(scope: Scope, receive: Receive, send: Send) -> None:
-        async def announcing_send(message: Message) -> None:
-            await send(message)
-            if message["type"] == "lifespan.startup.complete":
-                # What has been imported stays; looking through it for garbage again and again
-                # would take a third of the time of a small request. A request leaves little
-                # garbage in cycles: it need not be looked for after every few of them.
-                gc.collect()
-                gc.freeze()
-                gc.set_threshold(_GARBAGE_THRESHOLD)
-                on_ready()
-
-        await app(scope, receive, announcing_send if scope["type"] == "lifespan" else send)
-
-    async def stop() -> None:
+    async def until_stopped() -> None:
+        """Begin when Hypercorn listens; it stops when this returns."""
+        # What has been imported stays; looking through it for garbage again and again would take
+        # a third of the time of a small request. A request leaves little garbage in cycles: it
+        # need not be looked for after every few of them.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(_GARBAGE_THRESHOLD)
+        on_ready()
         await stopping.wait()
         await app.finish_requests(_GRACE_SECONDS)
 
+    config = _config(listener, address)
     server = asyncio.create_task(
-        hypercorn.asyncio.serve(announced_app, _config(listener, address), shutdown_trigger=stop)  # type: ignore[arg-type] # its own ASGI types
+        hypercorn.asyncio.serve(app, config, shutdown_trigger=until_stopped)  # type: ignore[arg-type] # its own ASGI types
     )
     stopped = asyncio.create_task(stopping.wait())
     await asyncio.wait({server, stopped}, return_when=asyncio.FIRST_COMPLETED)

@@ -416,6 +416,47 @@ async def test_a_post_in_flight_gets_its_answer_before_the_end(
     assert await database.fetchval("SELECT message FROM chatts") == "in flight"
 
 
+# --- Connections
+
+
+def connections(server: Server) -> int:
+    """How many clients the server has a connection of."""
+    port = int(server.url.rpartition(":")[2])
+    ours = psutil.Process(server.pid).net_connections("tcp")
+    return sum(1 for one in ours if one.laddr.port == port and one.status != psutil.CONN_LISTEN)
+
+
+@contextmanager
+def answered_connection(server: Server) -> Iterator[socket.socket]:
+    """A connection on which a request has been answered, and no other follows."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as client:
+        client.sendall(b"GET /media/none HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.recv(65_536).startswith(b"HTTP/1.1 404 ")
+        yield client
+
+
+def test_the_connection_of_a_client_that_has_left_is_given_back_at_once(
+    start_server: StartServer,
+) -> None:
+    server = start_server()
+    with answered_connection(server):
+        assert connections(server) == 1
+    left = time.monotonic()
+    wait_until(lambda: connections(server) == 0)
+    # Not only when an idle connection is closed, after 5 seconds.
+    assert time.monotonic() - left < 3
+
+
+def test_an_idle_connection_is_closed_after_a_few_seconds(start_server: StartServer) -> None:
+    server = start_server()
+    with answered_connection(server) as client:
+        begin = time.monotonic()
+        while client.recv(65_536):
+            pass
+        assert 4 < time.monotonic() - begin < 15
+
+
 # --- Kill
 
 
