@@ -77,9 +77,10 @@ class Database:
         """
         committing = False
         try:
+            if not self._schema_is_head:
+                async with self._engine.connect() as connection:
+                    await self._require_head(connection)
             async with self._sessions() as session:
-                if not self._schema_is_head:
-                    await self._require_head(await session.connection())
                 yield session
                 await session.flush()  # what fails here is surely not there
                 committing = True

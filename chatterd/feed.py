@@ -83,8 +83,8 @@ class Feed:
     async def older(self, snapshot: Snapshot) -> AsyncIterator[list[Row]]:
         """Yield the rows that `snapshot` leaves to the database, oldest first, in pages.
 
-        Each page is a transaction of its own, so that a slow reader holds nothing up. Raises
-        `DatabaseUnavailable`.
+        No page is empty. Each is a transaction of its own, so that a slow reader holds nothing
+        up. Raises `DatabaseUnavailable`.
         """
         if snapshot.older_than is None:
             return
@@ -96,8 +96,9 @@ class Feed:
             async with self._database.transaction() as session:
                 page = feed_page(last, before, _PAGE_LIMIT, _PAGE_SIZE)
                 rows = (await session.execute(page)).all()
+            if found := [Row(*row[:6]) for row in rows if row.id not in given]:
+                yield found
             if rows:
-                yield [Row(*row[:6]) for row in rows if row.id not in given]
                 if last is None or rows[-1].at != last[0]:
                     given = set()
                 last = (rows[-1].at, rows[-1].seq)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import uuid
 from collections import Counter
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote, urlsplit
@@ -31,7 +31,9 @@ import psutil
 import pytest
 from sqlalchemy.engine import make_url
 
-from chatterd.database import migrate
+from chatterd.blocks import Snapshot
+from chatterd.database import Database, migrate
+from chatterd.feed import Feed
 from tests.conftest import dsn
 from tests.multipart import Answer, Wire, connect
 from tests.process import DEADLINE_SECONDS, Server, environment
@@ -963,6 +965,23 @@ async def test_a_feed_in_memory_is_not_served_without_the_database(
             response = await get(client, form)
             assert response.status_code == 200
             assert response.headers["etag"] == etag
+
+
+async def test_a_row_that_changes_between_two_pages_comes_once_and_leaves_no_empty_page(
+    own_database: str, psql: Connection
+) -> None:
+    # Exactly a page, so that another is asked for.
+    await psql.execute(INSERT_MANY.format(2_000))
+    ids = [str(row["id"]) for row in await psql.fetch("SELECT id FROM chatts ORDER BY time")]
+    database = Database(make_url(own_database))
+    async with aclosing(database), aclosing(Feed(database, 2**20)) as feed:
+        all_in_the_database = Snapshot("any", [], b"~")
+        pages = feed.older(all_in_the_database)
+        given = [await anext(pages)]
+        await psql.execute("UPDATE chatts SET message = 'new' WHERE id = $1", ids[-1])
+        given += [page async for page in pages]
+    assert all(given)
+    assert [row.id for page in given for row in page] == ids
 
 
 # Narrow reads
