@@ -13,7 +13,7 @@ from chatterd.routes import routes
 class _Starlette(Starlette):
     """Leaves errors to `Edge`.
 
-    Starlette's two layers for them would be around every request: a twentieth of a small one.
+    Starlette's two layers for them would be around every request: 6 µs of about 200.
     """
 
     def build_middleware_stack(self) -> ASGIApp:

@@ -71,7 +71,7 @@ class Edge:
         if self._requests:
             logger.warning("Ended %d requests that were still under way", len(self._requests))
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: C901 - one function's call costs a hundredth of a small request
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: C901 - its steps share the id, the body and whether the answer has begun
         host, request_id, has_body = _head(scope)
         if not request_id or not _SANE_REQUEST_ID.fullmatch(request_id):
             request_id = b"%b%x" % (self._id_prefix, next(self._id_counter))

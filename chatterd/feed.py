@@ -335,6 +335,7 @@ class Feed:
 
 def _is_last(page: Sequence[Any]) -> bool:
     """Tell whether there are no rows behind those of a page, which may be limited by its size."""
+    # The last column is the bytes that were read up to there.
     return len(page) < _PAGE_LIMIT and (not page or page[-1][-1] < _PAGE_SIZE)
 
 

@@ -52,8 +52,8 @@ async def feed_response(request: Request[Any], feed: Feed, media_url: str | None
         elif name == b"accept-encoding":
             accept_encoding = accept_encoding + b"," + value if accept_encoding else value
     # What is sent block by block is sent as it is.
-    in_parts = snapshot.older_than is None and (media_url is None or snapshot.size <= _KEPT_SIZE)
-    gzip = page is None and in_parts and _is_gzip_accepted(accept_encoding)
+    in_memory = snapshot.older_than is None and (media_url is None or snapshot.size <= _KEPT_SIZE)
+    gzip = page is None and in_memory and _is_gzip_accepted(accept_encoding)
     etag = _etag(snapshot.version, media_url, query, gzip)
     headers = [
         (b"content-type", b"application/json"),
@@ -67,7 +67,7 @@ async def feed_response(request: Request[Any], feed: Feed, media_url: str | None
         rows = await _page_rows(feed, snapshot, page, media_url)
         headers.append((b"link", _links(request.scope["path"], page, rows).encode()))
         return PartsResponse(200, headers, [b"[" + b",".join(row for _, row in rows) + b"]"])
-    if not in_parts:
+    if not in_memory:
         head = request.method == "HEAD"
         response = Response() if head else StreamingResponse(_by_block(feed, snapshot, media_url))
         response.raw_headers = headers
