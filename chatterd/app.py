@@ -2,7 +2,8 @@
 
 from sqlalchemy.engine import URL
 from starlette.applications import Starlette
-from starlette.types import ASGIApp
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from chatterd import settings
 from chatterd.edge import Edge
@@ -11,14 +12,25 @@ from chatterd.routes import routes
 
 
 class _Starlette(Starlette):
-    """Leaves errors to `Edge`.
+    """Does without what would be around every request and take a tenth of our own time.
 
-    Starlette's two layers for them would be around every request: 6 µs of about 200.
+    Errors are left to `Edge` instead of two layers of Starlette's. A path without parameters is
+    looked up, where the router would try one route after the other.
     """
 
     def build_middleware_stack(self) -> ASGIApp:
-        """Return the router alone."""
-        return self.router
+        """Return the router, and a short cut past it."""
+        endpoints = {
+            route.path: route.endpoint
+            for route in self.routes
+            if isinstance(route, Route) and not route.param_convertors
+        }
+
+        async def find(scope: Scope, receive: Receive, send: Send) -> None:
+            endpoint = endpoints.get(scope["path"]) if scope["type"] == "http" else None
+            await (endpoint or self.router)(scope, receive, send)
+
+        return find
 
 
 def create_app(database_url: URL | None) -> Edge:

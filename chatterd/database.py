@@ -43,6 +43,14 @@ class SchemaError(Exception):
 
 # A refused connection is a plain OSError, not one of SQLAlchemy's.
 _TROUBLE: Final = (OSError, exc.TimeoutError, exc.DBAPIError, SchemaError)
+# A plan is made once and kept: planning takes longer than executing. It must then be the one for a
+# large table, which it may have been made before; jit would be begun for what is off and yet done.
+_LINE_SETTINGS: Final = """
+    SET plan_cache_mode = force_generic_plan;
+    SET enable_seqscan = off;
+    SET enable_bitmapscan = off;
+    SET jit = off;
+"""
 # The same without SQLAlchemy. The last is what asyncpg says when a connection ends out of turn.
 _LINE_TROUBLE: Final = (
     *_TROUBLE,
@@ -206,6 +214,8 @@ class Line:
         await self.aclose()
         self._connection = await self._database.connect()
         self._driver = (await self._connection.get_raw_connection()).driver_connection
+        assert self._driver is not None
+        await self._driver.execute(_LINE_SETTINGS)
         self.connects += 1
 
     async def aclose(self) -> None:

@@ -9,6 +9,7 @@ import itertools
 import logging
 import re
 import secrets
+from collections.abc import Awaitable
 from contextlib import suppress
 from functools import lru_cache
 from http import HTTPStatus
@@ -45,7 +46,7 @@ class Edge:
         self._id_prefix = b"%b-" % secrets.token_hex(8).encode()
         self._id_counter = itertools.count(1)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: C901 - its steps share the id, the body and whether the answer has begun
         """Answer one request, or pass the lifespan on."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
@@ -53,25 +54,6 @@ class Edge:
         task = asyncio.current_task()
         assert task is not None
         self._requests.add(task)
-        try:
-            await self._answer(scope, receive, send)
-        finally:
-            self._requests.discard(task)
-
-    async def finish_requests(self, grace_seconds: float) -> None:
-        """Give the requests under way `grace_seconds` to end, then end them.
-
-        Python 3.12 and later wait for every open connection when a server stops: without this,
-        one endless answer would keep the server from stopping.
-        """
-        if self._requests:
-            await asyncio.wait(set(self._requests), timeout=grace_seconds)
-        for task in self._requests:
-            task.cancel()
-        if self._requests:
-            logger.warning("Ended %d requests that were still under way", len(self._requests))
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: C901 - its steps share the id, the body and whether the answer has begun
         host, request_id, has_body = _head(scope)
         if not request_id or not _SANE_REQUEST_ID.fullmatch(request_id):
             request_id = b"%b%x" % (self._id_prefix, next(self._id_counter))
@@ -81,18 +63,15 @@ class Edge:
             body = _RequestBody(receive)
             receive = body.receive
 
-        async def send_answer(message: Message) -> None:
+        # No coroutine of its own: it is called for every part of an answer.
+        def send_answer(message: Message) -> Awaitable[None]:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
             elif body and not body.ended and not message.get("more_body", False):
-                # The client has its whole answer before it is asked to finish its request.
-                await send({**message, "more_body": True})
-                await body.drain()
-                message = {"type": "http.response.body", "body": b""}
-                self._discard_rest(body)
-            await send(message)
+                return self._end_early(body, message, send)
+            return send(message)
 
         app = self.app
         if not _names_one_of(self._allowed_hosts, host):
@@ -113,10 +92,33 @@ class Edge:
             if problem.status == HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise  # the server logs it with its traceback
         finally:
-            self._discard_rest(body)
+            self._requests.discard(task)
+            if body:
+                self._discard_rest(body)
 
-    def _discard_rest(self, body: "_RequestBody | None") -> None:
-        if body and not body.ended and not body.is_discarded:
+    async def finish_requests(self, grace_seconds: float) -> None:
+        """Give the requests under way `grace_seconds` to end, then end them.
+
+        Python 3.12 and later wait for every open connection when a server stops: without this,
+        one endless answer would keep the server from stopping.
+        """
+        if self._requests:
+            await asyncio.wait(set(self._requests), timeout=grace_seconds)
+        for task in self._requests:
+            task.cancel()
+        if self._requests:
+            logger.warning("Ended %d requests that were still under way", len(self._requests))
+
+    async def _end_early(self, body: "_RequestBody", message: Message, send: Send) -> None:
+        """Send the end of an answer to a client that has not sent all of its request."""
+        # The client has its whole answer before it is asked to finish its request.
+        await send({**message, "more_body": True})
+        await body.drain()
+        self._discard_rest(body)
+        await send({"type": "http.response.body", "body": b""})
+
+    def _discard_rest(self, body: "_RequestBody") -> None:
+        if not body.ended and not body.is_discarded:
             body.is_discarded = True
             task = asyncio.create_task(body.discard())
             self._discards.add(task)

@@ -7,17 +7,17 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import hypercorn.asyncio
 import uvloop
-from hypercorn.asyncio import tcp_server
 from hypercorn.config import Config
 from hypercorn.utils import LifespanFailureError
 
+from chatterd import connection
 from chatterd.edge import Edge
 from chatterd.lifespan import StartError
 
@@ -29,7 +29,6 @@ _STOP_SECONDS: Final = 2.2
 # How long a TLS connection that we close waits for the client's own goodbye; asyncio's 30 seconds
 # would outlast the stop.
 _TLS_GOODBYE_SECONDS: Final = 0.2
-_IDLE_SECONDS: Final = 0.2
 _BACKLOG: Final = 1024
 # Objects made and not yet freed, after which Python looks for garbage; its own default is 700.
 _GARBAGE_THRESHOLD: Final = 20_000
@@ -107,6 +106,7 @@ async def serve(
         await stopping.wait()
         await app.finish_requests(_GRACE_SECONDS)
 
+    connection.install()
     config = _config(listener, address)
     server = asyncio.create_task(
         hypercorn.asyncio.serve(app, config, shutdown_trigger=until_stopped)  # type: ignore[arg-type] # its own ASGI types
@@ -147,47 +147,6 @@ def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
         logger.warning("A connection ended in an error: %r", error)
     else:
         loop.default_exception_handler(context)
-
-
-class _LateTask:
-    """A connection's watch over its idleness, `hypercorn.typing.SingleTask`, begun a little later.
-
-    Hypercorn begins a task after each answer and ends it with the next request. Under load that
-    one comes at once, and the task is a seventh of what a small request costs. And it is a task of
-    its own here: Hypercorn's keeps the connection of a client that has left until it ends.
-    """
-
-    def __init__(self) -> None:
-        self._timer: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task[None] | None = None
-
-    async def restart(
-        self, _task_group: object, action: Callable[[], Coroutine[Any, Any, None]]
-    ) -> None:
-        """Run `action` in a moment, in place of what was run before."""
-        if self._timer or self._task:
-            await self.stop()
-        self._timer = asyncio.get_running_loop().call_later(_IDLE_SECONDS, self._begin, action)
-
-    def _begin(self, action: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        self._timer = None
-        self._task = asyncio.create_task(action())
-
-    async def stop(self) -> None:
-        """End it."""
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
-        if self._task:
-            task, self._task = self._task, None
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-
-
-# There is no setting for it. Where a later Hypercorn does not use this name, speed is lost, and
-# connections whose client has left stay for keep_alive_timeout.
-tcp_server.AsyncioSingleTask = _LateTask  # type: ignore[attr-defined, assignment] # same methods
 
 
 class _Config(Config):

@@ -63,7 +63,7 @@ class PostChatt(Endpoint):
     async def post(self, request: Request[State]) -> Response:
         """Store the chatt in the JSON body; answer `{}` once it is committed."""
         limit = settings.JSON_MAX_SIZE
-        draft = draft_from_json(await received_bytes(request.headers, request.stream(), limit))
+        draft = draft_from_json(await received_bytes(request.headers, request.receive, limit))
         await request.state["writer"].post(draft)
         return _done()
 
@@ -113,7 +113,7 @@ class LLMPrompt(Endpoint):
     async def post(self, request: Request[State]) -> Response:
         """Pass the body to Ollama, and its answer back line by line as it arrives."""
         limit = settings.MEDIA_MAX_SIZE  # prompts may hold pictures
-        prompt = await received_bytes(request.headers, request.stream(), limit)
+        prompt = await received_bytes(request.headers, request.receive, limit)
         return LLMResponse(request.state["llm"], prompt)
 
 
