@@ -3,8 +3,10 @@
 import json
 import re
 import shutil
+import statistics
 import subprocess
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -25,8 +27,9 @@ class Load:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run of wrk saw. Latencies are milliseconds; errors are counted by their kind."""
+    """What wrk saw. Latencies are milliseconds; errors are counted by their kind."""
 
+    seconds: float
     requests: int
     requests_per_second: float
     bytes_per_second: float
@@ -58,12 +61,30 @@ def run(load: Load, port: int, seconds: int, bodies: Path) -> Run:
     summary = json.loads(done.stdout.strip().splitlines()[-1])
     duration = summary["duration"] / 1e6
     return Run(
+        seconds=duration,
         requests=summary["requests"],
         requests_per_second=summary["requests"] / duration,
         bytes_per_second=summary["bytes"] / duration,
         latency_p50=summary["p50"] / 1e3,
         latency_p99=summary["p99"] / 1e3,
         errors={kind: count for kind, count in summary["errors"].items() if count},
+    )
+
+
+def together(runs: Sequence[Run]) -> Run:
+    """Return several runs as one: of the latencies, the median half and the worst end."""
+    seconds = sum(run.seconds for run in runs)
+    errors: Counter[str] = Counter()
+    for run in runs:
+        errors.update(run.errors)
+    return Run(
+        seconds=seconds,
+        requests=sum(run.requests for run in runs),
+        requests_per_second=sum(run.requests for run in runs) / seconds,
+        bytes_per_second=sum(run.bytes_per_second * run.seconds for run in runs) / seconds,
+        latency_p50=statistics.median(run.latency_p50 for run in runs),
+        latency_p99=max(run.latency_p99 for run in runs),
+        errors=errors,
     )
 
 

@@ -117,8 +117,8 @@ class Bench:
                         for name in scenario.programs
                     ]
                     slow = scenario.kind == "get" and rows >= self._plan.huge_rows
-                    seconds = self._plan.slow_seconds if slow else self._plan.seconds
-                    self._measure(outcome, contenders, seconds)
+                    seconds = self._plan.slow_seconds if slow else 1
+                    self._measure(outcome, contenders, seconds, 1 if slow else self._plan.seconds)
                     outcome.compare("tutorial", scenario.of_tutorial)
                     outcome.compare("ceiling", scenario.of_ceiling)
                 yield outcome
@@ -154,7 +154,7 @@ class Bench:
                 Contender("chatterd", endless, _load(kind, 32, endless), self._endless_url),
                 Contender(name, rival, _load(kind, 32, rival), self._few_url, refill),
             ]
-            self._measure(outcome, contenders, self._plan.seconds)
+            self._measure(outcome, contenders, 1, self._plan.seconds)
             outcome.compare(name, goal)
         return outcome
 
@@ -183,46 +183,62 @@ class Bench:
             )
         return outcome
 
-    def _measure(self, outcome: Outcome, contenders: Sequence[Contender], seconds: int) -> None:
-        """Run the contenders in turn, round after round, and note the medians."""
-        runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
+    def _measure(
+        self, outcome: Outcome, contenders: Sequence[Contender], seconds: int, turns: int
+    ) -> None:
+        """Note the medians of some rounds.
+
+        In each round the contenders take `turns` turns of `seconds`, so that a minute in which the
+        machine is slow is slow for all of them.
+        """
+        figures: dict[str, list[float]] = {contender.name: [] for contender in contenders}
         for number in range(self._plan.rounds):
+            self._bar.set_description(outcome.title)
             for contender in contenders:
-                self._bar.set_description(f"{outcome.title}: {contender.name}")
-                run, details = self._run(contender, seconds, warm_up=number == 0)
-                runs[contender.name].append(run)
-                outcome.runs.setdefault(contender.name, []).append(details)
+                self._prepare(contender, warm_up=number == 0)
+            runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
+            cpu_seconds = dict.fromkeys(runs, 0.0)
+            for _ in range(turns):
+                for contender in contenders:
+                    run, spent = self._run(contender, seconds)
+                    runs[contender.name].append(run)
+                    cpu_seconds[contender.name] += spent
+            for contender in contenders:
+                name, run = contender.name, load.together(runs[contender.name])
+                figures[name].append(run.requests_per_second)
                 if run.errors:
                     outcome.fault = "invalid"
-                    outcome.note += f"{contender.name}: errors {dict(run.errors)}. "
+                    outcome.note += f"{name}: errors {dict(run.errors)}. "
+                details = asdict(run) | {
+                    "cpu_percent": round(100 * cpu_seconds[name] / run.seconds),
+                    "resident_mib": round(contender.program.resident_bytes() / _MIB, 1),
+                    "rows_after": _row_count(contender),
+                }
+                outcome.runs.setdefault(name, []).append(details)
                 self._bar.update()
-        outcome.figures = {
-            name: statistics.median(run.requests_per_second for run in found)
-            for name, found in runs.items()
-        }
+        outcome.figures = {name: statistics.median(found) for name, found in figures.items()}
 
-    def _run(
-        self, contender: Contender, seconds: int, *, warm_up: bool
-    ) -> tuple[Run, dict[str, object]]:
-        program = contender.program
+    def _prepare(self, contender: Contender, *, warm_up: bool) -> None:
         if contender.refill is not None and contender.database is not None:
             data.fill(contender.database, contender.refill)
-        program.download("/getchatts")
+        contender.program.download("/getchatts")
         if warm_up:
-            load.run(contender.load, program.port, _WARM_UP_SECONDS, self._bodies)
+            load.run(contender.load, contender.program.port, _WARM_UP_SECONDS, self._bodies)
+            contender.program.settle()
+
+    def _run(self, contender: Contender, seconds: int) -> tuple[Run, float]:
+        """Return what wrk saw, and the processor time that the program took."""
+        program = contender.program
         rows_before = _row_count(contender)
         cpu_before = program.cpu_seconds()
         run = load.run(contender.load, program.port, seconds, self._bodies)
         cpu_seconds = program.cpu_seconds() - cpu_before
+        program.settle()
         posted = run.requests if contender.load.posts_of_ten == 10 else 0
         rows_after = _row_count(contender)
         if rows_after is not None and rows_before is not None and rows_after < rows_before + posted:
             raise RuntimeError(f"{contender.name}: {posted} posts were answered, fewer are stored")
-        return run, asdict(run) | {
-            "cpu_percent": round(100 * cpu_seconds / seconds),
-            "resident_mib": round(program.resident_bytes() / _MIB, 1),
-            "rows_after": rows_after,
-        }
+        return run, cpu_seconds
 
     @contextmanager
     def _recorded(self, outcome: Outcome, programs_count: int) -> Iterator[None]:

@@ -20,6 +20,7 @@ from bench import data
 _ROOT: Final = Path(__file__).parent.parent
 _START_SECONDS: Final = 30
 _STOP_SECONDS: Final = 10
+_SETTLE_SECONDS: Final = 10
 _ANSWER_SECONDS: Final = 300
 
 
@@ -70,6 +71,14 @@ class Program:
         """Return the processor time that the program's processes have taken so far."""
         times = [process.cpu_times() for process in self._processes()]
         return sum(spent.user + spent.system for spent in times)
+
+    def settle(self) -> None:
+        """Wait until the program is at rest: until it has done what the load left behind."""
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        before = -1.0
+        while (now := self.cpu_seconds()) != before and time.monotonic() < deadline:
+            before = now
+            time.sleep(0.03)
 
     def _processes(self) -> list[psutil.Process]:
         return [self._process, *self._process.children(recursive=True)]

@@ -12,7 +12,10 @@ FEW_ROWS: Final = 10
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how large: `seconds` for a run, `slow_seconds` for one with huge answers."""
+    """How long and how large: `seconds` for a run, `slow_seconds` for one with huge answers.
+
+    Runs take turns of a second, those with huge answers of all their seconds.
+    """
 
     rounds: int
     seconds: int
@@ -21,8 +24,8 @@ class Plan:
     endless_rows: int
 
 
-FULL: Final = Plan(3, seconds=4, slow_seconds=15, huge_rows=100_000, endless_rows=1_000_000)
-QUICK: Final = Plan(1, seconds=2, slow_seconds=3, huge_rows=20_000, endless_rows=100_000)
+FULL: Final = Plan(3, seconds=4, slow_seconds=12, huge_rows=100_000, endless_rows=1_000_000)
+QUICK: Final = Plan(1, seconds=2, slow_seconds=2, huge_rows=20_000, endless_rows=100_000)
 
 
 @dataclass(frozen=True)

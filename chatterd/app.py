@@ -1,5 +1,7 @@
 """The application: plain ASGI, for Hypercorn or any other server."""
 
+from collections.abc import Awaitable
+
 from sqlalchemy.engine import URL
 from starlette.applications import Starlette
 from starlette.routing import Route
@@ -26,9 +28,10 @@ class _Starlette(Starlette):
             if isinstance(route, Route) and not route.param_convertors
         }
 
-        async def find(scope: Scope, receive: Receive, send: Send) -> None:
+        def find(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
             endpoint = endpoints.get(scope["path"]) if scope["type"] == "http" else None
-            await (endpoint or self.router)(scope, receive, send)
+            found: Awaitable[None] = (endpoint or self.router)(scope, receive, send)
+            return found
 
         return find
 

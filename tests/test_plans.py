@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import asyncpg
 import pytest
+from sqlalchemy import func, select
 from sqlalchemy.engine import make_url
 
-from chatterd.database import Statement, migrate
+from chatterd.database import Database, Line, Statement, migrate
 from chatterd.models import (
     feed_changes,
     feed_newest,
@@ -25,12 +26,15 @@ from chatterd.models import (
     place_of,
 )
 from tests.conftest import _new_database, dsn
+from tests.test_feed import own_database, psql
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sqlalchemy import ClauseElement
     from sqlalchemy.engine import URL
+
+__all__ = ["own_database", "psql"]  # fixtures
 
 ROWS = 100_000
 SIZE = 2**20
@@ -129,3 +133,33 @@ async def test_a_read_follows_an_index_and_sorts_nothing(
         count = node["Actual Rows"]
         assert isinstance(count, int | float)
         assert count <= 2_000
+
+
+async def test_a_plan_made_for_a_small_table_serves_a_large_one(
+    own_database: str, psql: asyncpg.Connection[asyncpg.Record]
+) -> None:
+    """A process keeps its plans, and nothing but ANALYZE tells them that a table has grown."""
+    database = Database(make_url(own_database))
+    line = Line(database)
+    changes, newest = Statement(feed_changes(1_000)), Statement(feed_newest(2_000, SIZE))
+    try:
+        await psql.execute("""
+            ALTER TABLE chatts SET (autovacuum_enabled = false);
+            INSERT INTO chatts (name, message) VALUES ('ann', '');
+            ANALYZE chatts
+        """)
+        for _ in range(10):
+            await line.fetch(changes, seq=0)
+            await line.fetch(newest)
+        await psql.execute(f"""
+            INSERT INTO chatts (name, message) SELECT 'ann', '' FROM generate_series(1, {ROWS})
+        """)
+        for _ in range(10):
+            await line.fetch(changes, seq=ROWS + 1)
+            await line.fetch(newest)
+        await line.fetch(Statement(select(func.pg_stat_force_next_flush())))
+        scanned = "SELECT seq_tup_read FROM pg_stat_user_tables WHERE relname = 'chatts'"
+        assert await psql.fetchval(scanned) == 0
+    finally:
+        await line.aclose()
+        await database.aclose()

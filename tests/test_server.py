@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -435,6 +436,22 @@ def answered_connection(server: Server) -> Iterator[socket.socket]:
         client.sendall(b"HEAD /media/none HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert client.recv(65_536).startswith(b"HTTP/1.1 404 ")
         yield client
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts the segments")
+def test_a_small_answer_is_one_segment(start_server: StartServer) -> None:
+    with answered_connection(start_server()) as client:
+        assert received_segments(client) == 1
+        client.sendall(b"GET /media/none HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.recv(65_536).endswith(b"}")
+        assert received_segments(client) == 2
+
+
+def received_segments(client: socket.socket) -> int:
+    """How many TCP segments with data have come: `tcpi_data_segs_in` in Linux's `tcp_info`."""
+    info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
+    count: int = struct.unpack_from("I", info, 152)[0]
+    return count
 
 
 def test_the_connection_of_a_client_that_has_left_is_given_back_at_once(
