@@ -10,7 +10,7 @@ import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Final, NamedTuple
 from urllib.parse import quote
 
@@ -27,6 +27,8 @@ _ID: Final = slice(-68, -32)
 _ROW_OVERHEAD: Final = 8
 _ADDRESSES: Final = 2
 _JOINED_SIZE: Final = 4 * 1024 * 1024
+# Pages differ by their limit and by the host that a request names: those of a few are kept.
+_PAGES_SIZE: Final = 1024 * 1024
 
 # Bytes that are compressed together: a new row costs the compression of no more.
 _GZIP_CHUNK: Final = 128 * 1024
@@ -222,6 +224,20 @@ def _deflate(data: bytes) -> bytes:
     return compressor.compress(data) + compressor.flush(zlib.Z_FULL_FLUSH)
 
 
+class Page(NamedTuple):
+    """Some consecutive rows as a JSON array, and the ids of the first and the last, if any."""
+
+    first: str | None
+    last: str | None
+    body: bytes
+
+
+def page_of(rows: Sequence[tuple[str, bytes]]) -> Page:
+    """Return the page of rows that come with their ids, oldest first."""
+    first, last = (rows[0][0], rows[-1][0]) if rows else (None, None)
+    return Page(first, last, b"[" + b",".join(row for _, row in rows) + b"]")
+
+
 class Snapshot:
     """The feed, or its newest part, at one moment.
 
@@ -237,6 +253,7 @@ class Snapshot:
         self.size = sum(block.size for block in blocks)
         self._whole: dict[tuple[str | None, bool], list[bytes]] = {}
         self._compressing = asyncio.Lock()
+        self._pages: dict[tuple[int, str | None], Page] = {}
 
     def whole(self, media_url: str | None) -> list[bytes]:
         """Return the JSON array of rows of four, or of six where `media_url` is given."""
@@ -282,15 +299,23 @@ class Snapshot:
             self._whole.clear()
         self._whole[key] = parts
 
-    def newest(self, limit: int) -> list[tuple[Block, int]]:
-        """Return where the last `limit` rows are, oldest first."""
-        found: list[tuple[Block, int]] = []
+    def newest(self, limit: int, media_url: str | None) -> Page | None:
+        """Return the last `limit` rows as one page; None where not all of them are here."""
+        key = (limit, media_url)
+        if (page := self._pages.get(key)) is None:
+            found = list(islice(self._backward(media_url), limit))[::-1]
+            if len(found) < limit and self.older_than is not None:
+                return None
+            page = page_of(found)
+            if sum(len(kept.body) for kept in self._pages.values()) > _PAGES_SIZE:
+                self._pages.clear()
+            self._pages[key] = page
+        return page
+
+    def _backward(self, media_url: str | None) -> Iterator[tuple[str, bytes]]:
         for block in reversed(self.blocks):
             for index in range(len(block) - 1, -1, -1):
-                if len(found) == limit:
-                    return found[::-1]
-                found.append((block, index))
-        return found[::-1]
+                yield block.id(index), block.image_row(index, media_url)
 
 
 def _last_deflate_block(data: bytes) -> bytes:

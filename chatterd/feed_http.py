@@ -14,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 from werkzeug.http import parse_accept_header, parse_etags
 
-from chatterd.blocks import Snapshot, encode, with_media
+from chatterd.blocks import Page, Snapshot, encode, page_of, with_media
 from chatterd.errors import BrokenAnswer, DatabaseUnavailable, Problem
 from chatterd.feed import Feed
 
@@ -26,7 +26,7 @@ _KEPT_SIZE: Final = 8 * 1024 * 1024
 _UUID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
 
 
-class _Page(NamedTuple):
+class _Wanted(NamedTuple):
     """What a query asks for: `limit` rows before or after a chatt, or the newest."""
 
     limit: int
@@ -42,7 +42,7 @@ async def feed_response(request: Request[Any], feed: Feed, media_url: str | None
     `DatabaseUnavailable`.
     """
     query: bytes = request.scope["query_string"]
-    page = _page(query) if query else None
+    wanted = _wanted(query) if query else None
     snapshot = await feed.fresh()
     if_none_match = accept_encoding = b""
     for name, value in request.scope["headers"]:
@@ -53,7 +53,7 @@ async def feed_response(request: Request[Any], feed: Feed, media_url: str | None
             accept_encoding = accept_encoding + b"," + value if accept_encoding else value
     # What is sent block by block is sent as it is.
     in_memory = snapshot.older_than is None and (media_url is None or snapshot.size <= _KEPT_SIZE)
-    gzip = page is None and in_memory and _is_gzip_accepted(accept_encoding)
+    gzip = wanted is None and in_memory and _is_gzip_accepted(accept_encoding)
     etag = _etag(snapshot.version, media_url, query, gzip)
     headers = [
         (b"content-type", b"application/json"),
@@ -63,10 +63,10 @@ async def feed_response(request: Request[Any], feed: Feed, media_url: str | None
     ]
     if if_none_match and _is_match(if_none_match, etag):
         return PartsResponse(304, headers[1:], [b""])
-    if page is not None:
-        rows = await _page_rows(feed, snapshot, page, media_url)
-        headers.append((b"link", _links(request.scope["path"], page, rows).encode()))
-        return PartsResponse(200, headers, [b"[" + b",".join(row for _, row in rows) + b"]"])
+    if wanted is not None:
+        found = await _found(feed, snapshot, wanted, media_url)
+        headers.append((b"link", _links(request.scope["path"], wanted, found).encode()))
+        return PartsResponse(200, headers, [found.body])
     if not in_memory:
         head = request.method == "HEAD"
         response = Response() if head else StreamingResponse(_by_block(feed, snapshot, media_url))
@@ -129,7 +129,8 @@ async def _by_block(feed: Feed, snapshot: Snapshot, media_url: str | None) -> As
     yield b"[]" if begin == b"[" else b"]"
 
 
-def _page(query: bytes) -> _Page | None:
+@lru_cache(256)
+def _wanted(query: bytes) -> _Wanted | None:
     """Return the page that a query string asks for, if any; raises `Problem` 422."""
     fields: dict[str, str] = {}
     for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
@@ -147,7 +148,7 @@ def _page(query: bytes) -> _Page | None:
         raise Problem("limit-invalid", f"limit must be a number from 1 to {_LIMIT_MAX}.")
     if "before" in fields and "after" in fields:
         raise Problem("bound-invalid", "before and after exclude each other.")
-    return _Page(int(limit), _bound(fields, "before"), _bound(fields, "after"))
+    return _Wanted(int(limit), _bound(fields, "before"), _bound(fields, "after"))
 
 
 def _bound(fields: Mapping[str, str], name: str) -> UUID | None:
@@ -159,23 +160,19 @@ def _bound(fields: Mapping[str, str], name: str) -> UUID | None:
     return UUID(fields[name])
 
 
-async def _page_rows(
-    feed: Feed, snapshot: Snapshot, page: _Page, media_url: str | None
-) -> list[tuple[str, bytes]]:
-    """Return the page's rows, oldest first, each with its id."""
-    if page.before is None and page.after is None:
-        newest = snapshot.newest(page.limit)
-        if len(newest) == page.limit or snapshot.older_than is None:
-            return [(block.id(index), block.image_row(index, media_url)) for block, index in newest]
-    rows = await feed.page(page.limit, before=page.before, after=page.after)
-    return [(row.id, with_media(*encode(row), media_url)) for row in rows]
+async def _found(feed: Feed, snapshot: Snapshot, wanted: _Wanted, media_url: str | None) -> Page:
+    newest = wanted.before is None and wanted.after is None
+    if newest and (page := snapshot.newest(wanted.limit, media_url)) is not None:
+        return page
+    rows = await feed.page(wanted.limit, before=wanted.before, after=wanted.after)
+    return page_of([(row.id, with_media(*encode(row), media_url)) for row in rows])
 
 
-def _links(path: str, page: _Page, rows: Sequence[tuple[str, bytes]]) -> str:
+def _links(path: str, wanted: _Wanted, found: Page) -> str:
     """Return the Link header: the pages before and after this one (RFC 8288)."""
-    bound = page.before or page.after
-    first, last = (rows[0][0], rows[-1][0]) if rows else (bound, bound)
-    address = f"{quote(path)}?limit={page.limit}"
+    bound = wanted.before or wanted.after
+    first, last = found.first or bound, found.last or bound
+    address = f"{quote(path)}?limit={wanted.limit}"
     if first is None:  # nothing has been posted yet
         return f'<{address}>; rel="next"'
     return f'<{address}&before={first}>; rel="prev", <{address}&after={last}>; rel="next"'
