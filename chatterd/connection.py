@@ -11,11 +11,11 @@ from contextlib import suppress
 from typing import Any, Final, TypeAlias
 
 from hypercorn.asyncio import run, tcp_server
-from hypercorn.events import Closed, Event, RawData
+from hypercorn.events import Event, RawData
 
 _IDLE_SECONDS: Final = 0.2
 # Up to here, what is sent within one turn of the event loop goes out in one write. A large part
-# goes alone: behind a head it would not begin on a page, which makes copying it half as fast.
+# goes alone: behind a head it would not begin on a page, and its copying took half as long again.
 _HELD_SIZE: Final = 32 * 1024
 
 _Action: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
@@ -38,8 +38,6 @@ class Connection(tcp_server.TCPServer):
     async def protocol_send(self, event: Event) -> None:
         """Send what the protocol says, in order; wait while the client takes no more."""
         if not isinstance(event, RawData):
-            if isinstance(event, Closed):
-                self._release()
             await super().protocol_send(event)
             return
         is_large = self._held_size + len(event.data) > _HELD_SIZE
