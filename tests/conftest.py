@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shutil
+import signal
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -21,6 +22,10 @@ from tests.ollama import FakeOllama
 from tests.process import Server
 
 StartServer: TypeAlias = Callable[..., Server]
+
+# A shell starts what it puts into the background with SIGINT ignored, and so would be the servers
+# started here, which are to be stopped by it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
