@@ -27,8 +27,10 @@ _ID: Final = slice(-68, -32)
 _ROW_OVERHEAD: Final = 8
 _ADDRESSES: Final = 2
 _JOINED_SIZE: Final = 4 * 1024 * 1024
-# Pages differ by their limit and by the host that a request names: those of a few are kept.
-_PAGES_SIZE: Final = 1024 * 1024
+# Pages differ by their limit and by the host that a request names, and strangers choose both: small
+# pages are kept, and few of them.
+_PAGES_MAX: Final = 16
+_PAGE_MAX_SIZE: Final = 128 * 1024
 
 # Bytes that are compressed together: a new row costs the compression of no more.
 _GZIP_CHUNK: Final = 128 * 1024
@@ -307,9 +309,10 @@ class Snapshot:
             if len(found) < limit and self.older_than is not None:
                 return None
             page = page_of(found)
-            if sum(len(kept.body) for kept in self._pages.values()) > _PAGES_SIZE:
+            if len(self._pages) >= _PAGES_MAX:
                 self._pages.clear()
-            self._pages[key] = page
+            if len(page.body) <= _PAGE_MAX_SIZE:
+                self._pages[key] = page
         return page
 
     def _backward(self, media_url: str | None) -> Iterator[tuple[str, bytes]]:

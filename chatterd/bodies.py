@@ -62,7 +62,7 @@ async def received_bytes(headers: Headers, receive: Receive, limit: int) -> byte
     deadline = 0.0
     while more:
         # Most bodies are there with their heads. Only for what is not is there a time limit: to
-        # begin and end one is a quarter of what a post costs before it is stored.
+        # begin and end one is 13 % of what the application takes for a post.
         steps = receive().__await__()
         try:
             waited_for = next(steps)

@@ -51,9 +51,6 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        task = asyncio.current_task()
-        assert task is not None
-        self._requests.add(task)
         host, request_id, has_body = _head(scope)
         if not request_id or not _SANE_REQUEST_ID.fullmatch(request_id):
             request_id = b"%b%x" % (self._id_prefix, next(self._id_counter))
@@ -77,6 +74,9 @@ class Edge:
         if not _names_one_of(self._allowed_hosts, host):
             problem = Problem("host-not-allowed", "This server does not answer under this name.")
             app = problem_response(problem, request_id.decode())
+        task = asyncio.current_task()
+        assert task is not None
+        self._requests.add(task)
         try:
             await app(scope, receive, send_answer)
         except BrokenAnswer as error:

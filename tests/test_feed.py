@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 import uuid
 from collections import Counter
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -734,6 +735,20 @@ async def test_many_names_of_a_server_do_not_pass_the_budget(
             answer = await wire.answer()
             assert len(json.loads(answer.content)) == 100_000
         assert process.memory_info().rss - idle < budget + 48 * 2**20
+
+
+async def test_pages_for_many_names_of_a_server_take_little_memory() -> None:
+    snapshot = Snapshot("1", [], None)
+    tracemalloc.start()
+    try:
+        for number in range(10_000):
+            page = snapshot.newest(50, f"http://host-{number}.example/media/")
+            assert page is not None
+            assert page.body == b"[]"
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size < 100_000
 
 
 async def test_many_names_and_formats_at_once_are_answered_right(
