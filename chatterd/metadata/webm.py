@@ -5,10 +5,11 @@ Void element. Kept are pictures and sound, and what plays and seeks them. Tags, 
 chapters, titles and times go, and checksums, which would be wrong.
 """
 
+import re
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Final, NamedTuple, TypeAlias
 
-from chatterd.metadata.source import Edit, Source, Uncleanable, zeros
+from chatterd.metadata.source import WINDOW, Edit, Source, Uncleanable, zeros
 
 _EBML: Final = 0x1A45DFA3
 _SEGMENT: Final = 0x18538067
@@ -22,11 +23,18 @@ _WRITING_APP: Final = 0x5741
 _TRACKS: Final = 0x1654AE6B
 _TRACK_ENTRY: Final = 0xAE
 _TRACK_TYPE: Final = 0x83
+_CODEC_ID: Final = 0x86
+_CODEC_PRIVATE: Final = 0x63A2
 _CUES: Final = 0x1C53BB6B
 # Beside those above, what a segment has: Chapters, Tags, Attachments.
 _LEVEL_1: Final = frozenset(
     {_SEEK_HEAD, _INFO, _TRACKS, _CUES, _CLUSTER, 0x1043A770, 0x1254C367, 0x1941A469}
 )
+
+
+_TWO_SIZES: Final = re.compile(rb"\x02(\xff*[^\xff])(\xff*[^\xff])", re.DOTALL)
+# No vendor, no comments, the end of the header.
+_NO_COMMENTS: Final = b"\x03vorbis" + bytes(8) + b"\x01"
 
 
 class _Element(NamedTuple):
@@ -134,26 +142,44 @@ def _within(rules: Mapping[int, _Rule]) -> _Rule:
     return rule
 
 
+def _values(source: Source, element: _Element, number: int) -> list[bytes]:
+    """Return what the parts of `element` with this number say, as far as a short value goes."""
+    return [
+        source.read(part.contents, min(16, part.stop - part.contents))
+        for part in _parts(source, element)
+        if part.number == number
+    ]
+
+
 def _seek(source: Source, element: _Element) -> Iterator[Edit]:
     """Clear a pointer (RFC 9559 §5.1.1.1) to what is cleared."""
-    targets = [
-        source.integer(part.contents, min(4, part.stop - part.contents))
-        for part in _parts(source, element)
-        if part.number == _SEEK_ID
-    ]
-    if any(target not in _SEGMENT_RULES for target in targets):
+    targets = _values(source, element, _SEEK_ID)
+    if any(int.from_bytes(target) not in _SEGMENT_RULES for target in targets):
         yield from _void(source, element)
 
 
 def _track(source: Source, element: _Element) -> Iterator[Edit]:
-    types = [
-        source.integer(part.contents, min(8, part.stop - part.contents))
-        for part in _parts(source, element)
-        if part.number == _TRACK_TYPE
-    ]
-    if types not in ([1], [2]):  # its samples lie between those of the others
+    kinds = [int.from_bytes(value) for value in _values(source, element, _TRACK_TYPE)]
+    if kinds not in ([1], [2]):  # its samples lie between those of the others
         raise Uncleanable("the WebM file has a track that is neither picture nor sound")
-    yield from _TRACK_RULES(source, element)
+    is_vorbis = b"A_VORBIS" in _values(source, element, _CODEC_ID)
+    private = _without_comments if is_vorbis else _keep
+    yield from _within(_TRACK_RULES | {_CODEC_PRIVATE: private})(source, element)
+
+
+def _without_comments(source: Source, element: _Element) -> Iterator[Edit]:
+    """Empty the comments (Vorbis I §5.2.1), the second of three headers in Xiph lacing."""
+    head = source.read(element.contents, min(WINDOW, element.stop - element.contents))
+    lacing = _TWO_SIZES.match(head)
+    if lacing is None:
+        raise Uncleanable("the WebM file has sound that begins wrongly")
+    first, second = (sum(lacing[group]) for group in (1, 2))
+    start = element.contents + lacing.end() + first
+    stop = start + second
+    if second < len(_NO_COMMENTS) or stop > element.stop or source.read(start, 7) != b"\x03vorbis":
+        raise Uncleanable("the WebM file has sound that begins wrongly")
+    yield Edit(start, start + len(_NO_COMMENTS), _NO_COMMENTS)
+    yield from zeros(start + len(_NO_COMMENTS), stop)
 
 
 def _keeping(*numbers: int) -> dict[int, _Rule]:
@@ -162,15 +188,14 @@ def _keeping(*numbers: int) -> dict[int, _Rule]:
 
 # Timestamp, Position, PrevSize, SimpleBlock, BlockGroup.
 _CLUSTER_RULES: Final = _keeping(0xE7, 0xA7, 0xAB, 0xA3, 0xA0)
-# TrackNumber, TrackUID, TrackType, FlagEnabled, FlagDefault, FlagForced, FlagLacing, MinCache,
-# MaxCache, DefaultDuration, DefaultDecodedFieldDuration, TrackTimestampScale, MaxBlockAdditionID,
-# BlockAdditionMapping, Language, LanguageBCP47, CodecID, CodecPrivate, CodecDelay, SeekPreRoll,
-# Video, Audio, ContentEncodings.
-_TRACK_RULES: Final = _within(
-    _keeping(0xD7, 0x73C5, _TRACK_TYPE, 0xB9, 0x88, 0x55AA, 0x9C, 0x6DE7)
-    | _keeping(0x6DF8, 0x23E383, 0x234E7A, 0x23314F, 0x55EE)
-    | _keeping(0x41E4, 0x22B59C, 0x22B59D, 0x86, 0x63A2, 0x56AA, 0x56BB)
-    | _keeping(0xE0, 0xE1, 0x6D80)
+# TrackNumber, TrackUID, FlagEnabled, FlagDefault, FlagForced, FlagLacing, MinCache, MaxCache,
+# DefaultDuration, DefaultDecodedFieldDuration, TrackTimestampScale, MaxBlockAdditionID,
+# BlockAdditionMapping, Language, LanguageBCP47, CodecDelay, SeekPreRoll, Video, Audio,
+# ContentEncodings.
+_TRACK_RULES: Final = (
+    _keeping(_TRACK_TYPE, _CODEC_ID, 0xD7, 0x73C5, 0xB9, 0x88, 0x55AA, 0x9C, 0x6DE7, 0x6DF8)
+    | _keeping(0x23E383, 0x234E7A, 0x23314F, 0x55EE, 0x41E4, 0x22B59C, 0x22B59D)
+    | _keeping(0x56AA, 0x56BB, 0xE0, 0xE1, 0x6D80)
 )
 # TimestampScale and Duration stay.
 _INFO_RULES: Final = _within(

@@ -54,6 +54,8 @@ def edits(source: Source) -> Iterator[Edit]:
 
 
 def _chunks(source: Source, start: int, stop: int) -> Iterator[_Chunk]:
+    if start > stop:
+        raise Uncleanable("a frame of the WebP file is too short")
     while start < stop:
         kind, data = source.read(start, 4), start + 8
         data_stop = data + source.integer(start + 4, 4, "little")
