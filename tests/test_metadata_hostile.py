@@ -81,7 +81,7 @@ def changed(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
     derandomize=True,
     database=None,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.too_slow],  # other tests may keep the machine busy
 )
 @given(data=st.data())
 def test_a_drawn_file_is_cleaned_or_refused(media_type: str, data: st.DataObject) -> None:
@@ -121,17 +121,18 @@ def movie(*more: bytes) -> bytes:
     return MP4 + b"".join(more)
 
 
-def movie_with(track: bytes) -> bytes:
-    return movie(parts.box(b"moov", MP4[MP4.index(b"mvhd") - 4 :][:108], track))
+def movie_with(*parts_of_it: bytes) -> bytes:
+    return movie(parts.box(b"moov", *parts_of_it))
 
 
-def metadata_track(sizes: bytes, offsets: bytes, chunks: bytes | None = None) -> bytes:
-    runs = parts.numbers(0, 1, 1, 1, 1) if chunks is None else chunks
+PICTURE_TRACK: Final = MP4[MP4.index(b"trak") - 4 : MP4.index(b"udta") - 4]
+
+
+def metadata_track(sizes: bytes, offsets: bytes) -> bytes:
+    """A movie of a track of pictures, and of one of metadata with one sample in each chunk."""
+    runs = parts.numbers(0, 1, 1, 1, 1)
     track = parts.track(b"meta", sizes=sizes, chunks=runs, offsets=parts.box(b"stco", offsets))
-    # A track of pictures beside it, so that there is something to keep.
-    start = MP4.index(b"trak") - 4
-    picture_track = MP4[start : start + int.from_bytes(MP4[start : start + 4])]
-    return MP4[:28] + parts.box(b"mdat", bytes(64)) + parts.box(b"moov", picture_track, track)
+    return MP4[:28] + parts.box(b"mdat", bytes(64)) + parts.box(b"moov", PICTURE_TRACK, track)
 
 
 def pictures(places: bytes, *, data: bytes = bytes(64)) -> bytes:
@@ -141,7 +142,9 @@ def pictures(places: bytes, *, data: bytes = bytes(64)) -> bytes:
     )
 
 
-DATA_AT: Final = len(pictures(parts.places((1, 0, 0, 0), (2, 0, 0, 0)), data=b""))
+TWO_PLACES: Final = pictures(parts.places((1, 0, 0, 0), (2, 0, 0, 0)), data=b"")
+IDAT_AT: Final = TWO_PLACES.index(b"idat") + 4
+DATA_AT: Final = len(TWO_PLACES)
 
 
 def webm(*contents: bytes) -> bytes:
@@ -204,10 +207,12 @@ REFUSED: Final = [
     ("video/mp4", metadata_track(parts.numbers(0, 65, 1), parts.numbers(0, 1, 36)), "elsewhere"),
     ("video/mp4", metadata_track(parts.numbers(0, 8, 1), parts.numbers(0, 1, 0)), "elsewhere"),
     ("video/mp4", metadata_track(parts.numbers(0, 8, 1), parts.numbers(0, 2, 36, 40)), "overlap"),
+    ("video/mp4", metadata_track(bytes(12), bytes(8)) + parts.box(b"moof"), "in fragments"),
+    ("video/mp4", metadata_track(bytes(12), parts.numbers(0, 20_000) + bytes(80_000)), "too many"),
     (
         "video/mp4",
-        metadata_track(bytes(12), bytes(8)) + parts.box(b"moof"),
-        "in fragments",
+        movie_with(parts.box(b"mvhd", bytes(8)), PICTURE_TRACK),
+        "too short a box 'mvhd'",
     ),
     ("image/heic", HEIC[:28] + parts.box(b"mdat"), "no list of pictures"),
     ("image/heic", HEIC + HEIC[28:], "or several"),
@@ -216,6 +221,7 @@ REFUSED: Final = [
     ("image/heic", pictures(parts.places((2, 2, 0, 1))), "within another"),
     ("image/heic", pictures(parts.places((2, 0, 0, 1))), "elsewhere"),
     ("image/heic", pictures(parts.places((2, 1, 8, 9))), "elsewhere"),
+    ("image/heic", pictures(parts.places((2, 0, IDAT_AT, 1), (2, 1, 0, 1))), "elsewhere"),
     ("image/heic", pictures(parts.places((2, 0, 2**32 - 1, 1))), "within the data"),
     ("image/heic", pictures(parts.places((2, 0, 0, 2**63), length_width=8)), "within the data"),
     ("image/heic", pictures(parts.places((3, 0, DATA_AT, 1))), "not in its list"),

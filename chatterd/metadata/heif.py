@@ -14,6 +14,7 @@ from chatterd.metadata.isobmff import (
     apply,
     boxes,
     handler,
+    is_within,
     keep,
     keeping,
     only,
@@ -66,14 +67,14 @@ def _list(source: Source, meta: Box) -> Iterator[Edit]:
         elif item.kind not in _PICTURES:
             raise Uncleanable("the file has an item that is neither a picture nor known metadata")
         yield from zeros(item.kind_at + 4, item.stop)
-    yield from _without_metadata(source, items, sorted(_extents(source, meta)))
+    yield from _without_metadata(source, items, sorted(_extents(source, meta), key=lambda e: e[:3]))
 
 
 def _without_metadata(
     source: Source, items: dict[int, _Item], extents: list[_Extent]
 ) -> Iterator[Edit]:
     """Clear the data of items of metadata, which must be nobody else's."""
-    files_data = [box for box in boxes(source, 0, source.size) if box.kind == b"mdat"]
+    media_data = [box for box in boxes(source, 0, source.size) if box.kind == b"mdat"]
     kept_until = cleared_until = 0
     for extent in extents:
         if extent.item not in items:
@@ -84,8 +85,8 @@ def _without_metadata(
         if is_kept:
             kept_until = max(kept_until, extent.stop)
             continue
-        homes = [extent.idat] if extent.idat else files_data
-        if not any(home.contents <= extent.start and extent.stop <= home.stop for home in homes):
+        homes = [extent.idat] if extent.idat else media_data
+        if not is_within(extent.start, extent.stop, homes):
             raise Uncleanable("the file has an item whose data are elsewhere")
         yield from zeros(max(extent.start, cleared_until), extent.stop)
         cleared_until = max(cleared_until, extent.stop)

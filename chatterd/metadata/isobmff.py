@@ -4,7 +4,8 @@ Everything in such a file is found by its offset, so nothing is moved: what must
 `free` box of zeros.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
 from chatterd.metadata.source import Edit, Source, Uncleanable, zeros
@@ -52,15 +53,10 @@ def only(source: Source, box: Box, kind: bytes) -> Box:
     return found[0]
 
 
-def apply(
-    source: Source, start: int, stop: int, rules: Mapping[bytes, Rule], default: Rule | None = None
-) -> Iterator[Edit]:
-    """Yield what `rules` say of each box from `start` to `stop`; `blank` of those they leave out.
-
-    Raises `Uncleanable`.
-    """
-    for box in boxes(source, start, stop):
-        yield from rules.get(box.kind, default or blank)(source, box)
+def is_within(start: int, stop: int, homes: Sequence[Box]) -> bool:
+    """Whether one of `homes`, which are in order, contains bytes `start` to `stop`."""
+    at = bisect_right(homes, start, key=lambda home: home.contents) - 1
+    return at >= 0 and stop <= homes[at].stop
 
 
 def keep(_source: Source, _box: Box) -> Iterator[Edit]:
@@ -80,11 +76,22 @@ def blank(_source: Source, box: Box) -> Iterator[Edit]:
     yield from zeros(box.contents, box.stop)
 
 
-def within(rules: Mapping[bytes, Rule], skip: int = 0) -> Rule:
-    """Return the rule for a box that consists of boxes, after `skip` bytes."""
+def apply(
+    source: Source, start: int, stop: int, rules: Mapping[bytes, Rule], default: Rule = blank
+) -> Iterator[Edit]:
+    """Yield what `rules` say of each box from `start` to `stop`, and `default` of all others.
+
+    Raises `Uncleanable`.
+    """
+    for box in boxes(source, start, stop):
+        yield from rules.get(box.kind, default)(source, box)
+
+
+def within(rules: Mapping[bytes, Rule]) -> Rule:
+    """Return the rule for a box of boxes: `rules`, and `blank` for all others."""
 
     def rule(source: Source, box: Box) -> Iterator[Edit]:
-        return apply(source, box.contents + skip, box.stop, rules)
+        return apply(source, box.contents, box.stop, rules)
 
     return rule
 
@@ -99,7 +106,7 @@ def overwrite(box: Box, offset: int, count: int) -> Iterator[Edit]:
 
 def handler(_source: Source, box: Box) -> Iterator[Edit]:
     """Clear the names of the maker and of the handler in `hdlr` (§8.4.3), not its type."""
-    return overwrite(box, 12, max(0, box.stop - box.contents - 12))
+    return zeros(box.contents + 12, box.stop)
 
 
 def _data_references(source: Source, box: Box) -> Iterator[Edit]:

@@ -17,6 +17,7 @@ from chatterd.metadata.isobmff import (
     blank,
     boxes,
     handler,
+    is_within,
     keep,
     keeping,
     only,
@@ -24,9 +25,6 @@ from chatterd.metadata.isobmff import (
     within,
 )
 from chatterd.metadata.source import WINDOW, Edit, Source, Uncleanable, zeros
-
-_PICTURE: Final = frozenset({b"vide", b"pict", b"auxv"})
-_SOUND: Final = b"soun"
 
 
 def edits(source: Source) -> Iterator[Edit]:
@@ -38,28 +36,25 @@ def edits(source: Source) -> Iterator[Edit]:
 
 def _movie(source: Source, box: Box) -> Iterator[Edit]:
     tracks = [part for part in boxes(source, box.contents, box.stop) if part.kind == b"trak"]
-    if not any(_is_kept(_media_kind(source, track)) for track in tracks):
+    if not any(_media_kind(source, track) in _KEPT_TRACKS for track in tracks):
         raise Uncleanable("the file has neither picture nor sound that can be found")
     return apply(source, box.contents, box.stop, _MOVIE)
 
 
 def _track(source: Source, box: Box) -> Iterator[Edit]:
-    kind = _media_kind(source, box)
-    if _is_kept(kind):
-        yield from (_SOUND_TRACK if kind == _SOUND else _PICTURE_TRACK)(source, box)
-        return
-    yield from blank(source, box)
+    return _KEPT_TRACKS.get(_media_kind(source, box), _remove_track)(source, box)
+
+
+def _remove_track(source: Source, track: Box) -> Iterator[Edit]:
     tops = list(boxes(source, 0, source.size))
     if any(top.kind == b"moof" for top in tops):
         raise Uncleanable("the file has a track in fragments that is neither picture nor sound")
-    for start, stop in _chunks(source, box):
-        if not any(m.kind == b"mdat" and m.contents <= start <= stop <= m.stop for m in tops):
+    media_data = [top for top in tops if top.kind == b"mdat"]
+    for start, stop in _chunks(source, track):
+        if not is_within(start, stop, media_data):
             raise Uncleanable("the file has a track whose data are elsewhere")
         yield from zeros(start, stop)
-
-
-def _is_kept(kind: bytes) -> bool:
-    return kind == _SOUND or kind in _PICTURE
+    yield from blank(source, track)
 
 
 def _media_kind(source: Source, track: Box) -> bytes:
@@ -78,6 +73,7 @@ def _chunks(source: Source, track: Box) -> Iterator[tuple[int, int]]:
         if wide
         else _numbers(source, only(source, table, b"stco"), "I")
     )
+    source.spend(len(offsets))
     runs = _numbers(source, only(source, table, b"stsc"), "I", values=3)
     samples_of = dict(zip(runs[::3], runs[1::3], strict=True))
     sizes_box = only(source, table, b"stsz")
@@ -153,7 +149,12 @@ def _track_rule(descriptions: Rule) -> Rule:
 
 
 _PICTURE_TRACK: Final = _track_rule(_picture_descriptions)
-_SOUND_TRACK: Final = _track_rule(_sound_descriptions)
+_KEPT_TRACKS: Final = {
+    b"vide": _PICTURE_TRACK,
+    b"pict": _PICTURE_TRACK,
+    b"auxv": _PICTURE_TRACK,
+    b"soun": _track_rule(_sound_descriptions),
+}
 _MOVIE: Final = keeping("iods") | {
     b"mvhd": _times,
     b"trak": _track,

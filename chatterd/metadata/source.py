@@ -40,15 +40,15 @@ def zeros(start: int, stop: int) -> Iterator[Edit]:
 class Source:
     """Random access to a file, which nobody changes meanwhile.
 
-    How often it is read is limited by its size, and so is the time that any walk through it
-    takes: a file of a million tiny parts is refused.
+    Its size limits how often it is read, and so how long any walk through it takes: a file of a
+    million tiny parts is refused.
     """
 
     def __init__(self, file: BinaryIO | bytes) -> None:
         self._file = io.BytesIO(file) if isinstance(file, bytes) else file
         self.size = self._file.seek(0, os.SEEK_END)
         # The parts of real files are larger than this on average, except in very small ones.
-        self._reads_left = 10_000 + self.size // 64
+        self._steps_left = 10_000 + self.size // 64
 
     def read(self, offset: int, count: int) -> bytes:
         """Return `count` bytes from `offset` on, at most `WINDOW`.
@@ -70,10 +70,14 @@ class Source:
         Raises `Uncleanable` when the file has been read too often.
         """
         assert count <= WINDOW
-        self._reads_left -= 1
-        if self._reads_left < 0:
-            raise Uncleanable("the file has too many parts")
+        self.spend(1)
         return self._peek(offset, count)
+
+    def spend(self, count: int) -> None:
+        """Take `count` steps of the walk without reading. Raises `Uncleanable` as `peek` does."""
+        self._steps_left -= count
+        if self._steps_left < 0:
+            raise Uncleanable("the file has too many parts")
 
     def find(self, pattern: re.Pattern[bytes], start: int) -> int | None:
         """Return where `pattern`, of at most 16 bytes, first matches from `start` on."""

@@ -30,8 +30,6 @@ _CUES: Final = 0x1C53BB6B
 _LEVEL_1: Final = frozenset(
     {_SEEK_HEAD, _INFO, _TRACKS, _CUES, _CLUSTER, 0x1043A770, 0x1254C367, 0x1941A469}
 )
-
-
 _TWO_SIZES: Final = re.compile(rb"\x02(\xff*[^\xff])(\xff*[^\xff])", re.DOTALL)
 # No vendor, no comments, the end of the header.
 _NO_COMMENTS: Final = b"\x03vorbis" + bytes(8) + b"\x01"
@@ -162,7 +160,8 @@ def _track(source: Source, element: _Element) -> Iterator[Edit]:
     kinds = [int.from_bytes(value) for value in _values(source, element, _TRACK_TYPE)]
     if kinds not in ([1], [2]):  # its samples lie between those of the others
         raise Uncleanable("the WebM file has a track that is neither picture nor sound")
-    is_vorbis = b"A_VORBIS" in _values(source, element, _CODEC_ID)
+    codecs = _values(source, element, _CODEC_ID)
+    is_vorbis = any(codec.startswith(b"A_VORBIS") for codec in codecs)
     private = _without_comments if is_vorbis else _keep
     yield from _within(_TRACK_RULES | {_CODEC_PRIVATE: private})(source, element)
 
