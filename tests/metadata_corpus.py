@@ -5,6 +5,7 @@ every date is in the year 2019.
 """
 
 import json
+import random
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ from PIL import Image, ImageCms, PngImagePlugin
 PLANTED: Final = "planted"
 PLACE: Final = "+42.2800-083.7400/"
 TRAILER: Final = b"planted bytes after the end"
-PROFILE: Final = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+_PROFILE: Final = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+PROFILE: Final = _PROFILE[:24] + bytes(12) + _PROFILE[36:]
+"""A colour profile, less the time at which it was made: it is the same each time."""
 MEDIA_TYPES: Final = {
     ".jpeg": "image/jpeg",
     ".png": "image/png",
@@ -93,11 +96,11 @@ def surplus(paths: list[Path]) -> dict[str, dict[str, Any]]:
     return {name: tags for name, tags in found.items() if tags}
 
 
-def picture(size: tuple[int, int] = (64, 48), mode: str = "RGB") -> Image.Image:
-    noise = Image.effect_noise(size, 60).convert("RGB")
-    return Image.blend(noise, Image.linear_gradient("L").resize(size).convert("RGB"), 0.5).convert(
-        mode
-    )
+def picture(size: tuple[int, int] = (64, 48), mode: str = "RGB", number: int = 0) -> Image.Image:
+    """Return the same picture each time, for each number another."""
+    noise = random.Random(number).randbytes(size[0] * size[1] * 3)  # noqa: S311 - no secret
+    slope = Image.linear_gradient("L").resize(size).convert("RGB")
+    return Image.blend(Image.frombytes("RGB", size, noise), slope, 0.5).convert(mode)
 
 
 def exif(orientation: int) -> Image.Exif:
@@ -113,7 +116,7 @@ def make_pictures(folder: Path) -> list[Path]:
     """Write pictures of all kinds to `folder` and plant metadata in them."""
     rgb, rgba = picture(), picture(mode="RGBA")
     rgba.putalpha(Image.radial_gradient("L").resize(rgba.size))
-    frames = [picture() for _ in range(3)]
+    frames = [picture(number=number) for number in range(3)]
     text = PngImagePlugin.PngInfo()
     text.add_text("Author", PLANTED)
     text.add_text("Comment", PLANTED * 20, zip=True)

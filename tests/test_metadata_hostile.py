@@ -40,7 +40,7 @@ TELLING: Final = (
 @cache
 def seeds(media_type: str) -> tuple[bytes, ...]:
     """Small files to begin from, with as many kinds of parts as a format has."""
-    more = {"save_all": True, "append_images": [picture((8, 8))]}
+    more = {"save_all": True, "append_images": [picture((8, 8), number=1)]}
     return {
         "image/jpeg": (JPEG, _encoded("JPEG", exif=exif(6), icc_profile=PROFILE, progressive=True)),
         "image/png": (PNG, _encoded("PNG", exif=exif(6), icc_profile=PROFILE, **more)),
