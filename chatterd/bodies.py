@@ -23,7 +23,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
-from chatterd import settings
+from chatterd import metadata, settings
 from chatterd.errors import Problem
 from chatterd.media import SLOTS, SNIFF_SIZE, Kind, Slot, sniff
 
@@ -294,11 +294,18 @@ class _FilePart:
             await to_thread.run_sync(self._flush)
 
     async def finish(self, form: Form) -> None:
-        """Take the end of the part: the file is durable then, and in `form`."""
+        """Take the end of the part: the file is durable and clean then, and in `form`."""
         if not self._size:
             raise Problem(f"{self._slot}-invalid", f"{self._slot} is empty; leave the part out.")
         kind = self._kind or self._recognise()
-        await to_thread.run_sync(self._flush_and_sync)
+        try:
+            await to_thread.run_sync(self._clean_and_sync, kind)
+        except metadata.Uncleanable as error:
+            raise Problem(
+                f"{self._slot}-unclean",
+                f"{self._slot} may tell where it was taken and by whom, and it cannot be taken out:"
+                f" {error}.",
+            ) from error
         form.files[self._slot] = (self.path, kind)
 
     def close(self) -> None:
@@ -319,12 +326,12 @@ class _FilePart:
         self._file.write(self._buffer)
         self._buffer.clear()
 
-    def _flush_and_sync(self) -> None:
+    def _clean_and_sync(self, kind: Kind) -> None:
         self._flush()
-        assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self.close()
+        metadata.clean(self.path, kind.media_type)
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 class _TextPart:

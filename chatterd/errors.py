@@ -29,6 +29,8 @@ CATALOGUE: Final[Mapping[str, int]] = {
     "video-too-large": 413,
     "image-unsupported": 415,
     "video-unsupported": 415,
+    "image-unclean": 415,
+    "video-unclean": 415,
     "range-not-satisfiable": 416,
     "json-invalid": 422,
     "form-invalid": 422,

@@ -19,7 +19,7 @@ from tests.multipart import (
     problem,
     video,
 )
-from tests.samples import JPEG, MP4
+from tests.samples import JPEG, MP4, longer_mp4
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from tests.multipart import Server
 
-DATA = MP4 + bytes(range(256)) * 8
+DATA = longer_mp4(len(MP4) + 2056, bytes(range(256)))
 SIZE = len(DATA)
 SECRET = b"the secret of the house"
 

@@ -37,6 +37,8 @@ from tests.samples import (
     WEBM,
     WEBP,
     Sample,
+    longer_jpeg,
+    longer_mp4,
 )
 
 if TYPE_CHECKING:
@@ -146,10 +148,32 @@ async def test_a_video_is_what_its_bytes_are(
 
 async def assert_served_as(client: httpx2.AsyncClient, url: str, sample: Sample) -> None:
     served = await client.get(url)
-    assert (served.status_code, served.content) == (200, sample.data)
+    assert (served.status_code, served.content) == (200, sample.stored)
     assert served.headers["content-type"] in sample.types
     assert "." + urlsplit(url).path.rpartition(".")[2] in sample.extensions
     assert ".html" not in url
+
+
+async def test_what_a_picture_tells_about_its_place_is_not_stored(
+    server: Server, client: httpx2.AsyncClient
+) -> None:
+    secret = b"GPS 42.2936N 83.7163W"
+    comment = b"\xff\xfe" + (len(secret) + 2).to_bytes(2) + secret
+    response = await post(client, *fields(), image(JPEG[:2] + comment + JPEG[2:] + secret))
+    assert (response.status_code, response.content) == (200, b"{}")
+    assert (await client.get((await only_row(client))[4])).content == JPEG
+    (name,) = files(server.media)
+    assert (server.media / name).read_bytes() == JPEG
+
+
+@pytest.mark.parametrize("part", [image(JPEG[:-2]), video(MP4 + b"?")], ids=["image", "video"])
+async def test_what_cannot_be_cleaned_is_refused(
+    server: Server, client: httpx2.AsyncClient, database: Connection, part: Part
+) -> None:
+    response = await post(client, *fields(), part)
+    assert part.name in problem(response, 415)
+    assert response.json()["code"] == f"{part.name}-unclean"
+    await assert_nothing_is_left(server, database)
 
 
 @pytest.mark.parametrize("field", ["image", "video"])
@@ -261,7 +285,8 @@ async def test_the_forms_of_real_clients_are_read(
 async def test_a_form_that_comes_byte_by_byte_is_read(
     server: Server, client: httpx2.AsyncClient
 ) -> None:
-    data = JPEG + f"\r\n--{BOUNDARY[:-1]}\r\n--\r\r\n".encode()  # almost the boundary, inside
+    almost = f"\r\n--{BOUNDARY[:-1]}\r\n--\r\r\n".encode()
+    data = longer_jpeg(len(JPEG) + 1000, almost)
     form = encode(*fields(), image(data))
     async with connect(server.url) as wire:
         await wire.request(
@@ -451,7 +476,7 @@ async def test_text_over_its_limit_is_refused_and_leaves_no_file(  # noqa: PLR09
 async def test_a_file_of_exactly_the_limit_is_kept(
     server: Server, client: httpx2.AsyncClient, field: str
 ) -> None:
-    data = (JPEG if field == "image" else MP4).ljust(MEDIA_LIMIT, b"\0")
+    data = (longer_jpeg if field == "image" else longer_mp4)(MEDIA_LIMIT)
     response = await post(client, *fields(), Part(field, data, "x"))
     assert (response.status_code, response.content) == (200, b"{}")
     row = await only_row(client)
@@ -463,7 +488,7 @@ async def test_a_file_of_exactly_the_limit_is_kept(
 async def test_a_file_one_byte_over_the_limit_is_refused(
     server: Server, client: httpx2.AsyncClient, database: Connection, field: str
 ) -> None:
-    data = (JPEG if field == "image" else MP4).ljust(MEDIA_LIMIT + 1, b"\0")
+    data = (longer_jpeg if field == "image" else longer_mp4)(MEDIA_LIMIT + 1)
     detail = problem(await post(client, *fields(), Part(field, data, "x")), 413)
     assert field in detail
     assert str(MEDIA_LIMIT) in detail
@@ -473,7 +498,7 @@ async def test_a_file_one_byte_over_the_limit_is_refused(
 async def test_the_limit_is_for_each_file_and_not_for_both(
     server: Server, client: httpx2.AsyncClient
 ) -> None:
-    parts = image(JPEG.ljust(MEDIA_LIMIT, b"\0")), video(MP4.ljust(MEDIA_LIMIT, b"\0"))
+    parts = image(longer_jpeg(MEDIA_LIMIT)), video(longer_mp4(MEDIA_LIMIT))
     assert (await post(client, *fields(), *parts)).content == b"{}"
     assert stored_bytes(server.media) == 2 * MEDIA_LIMIT
 
@@ -482,8 +507,8 @@ async def test_a_smaller_limit_is_honoured(start_server: StartServer, database: 
     await database.execute("TRUNCATE chatts")
     server = start_server(MEDIA_MAX_SIZE="2000")
     async with httpx2.AsyncClient(base_url=server.url) as client:
-        assert (await post(client, *fields(), image(JPEG.ljust(2000, b"\0")))).content == b"{}"
-        problem(await post(client, *fields(), image(JPEG.ljust(2001, b"\0"))), 413)
+        assert (await post(client, *fields(), image(longer_jpeg(2000)))).content == b"{}"
+        problem(await post(client, *fields(), image(longer_jpeg(2001))), 413)
     assert await database.fetchval("SELECT count(*) FROM chatts") == 1
     await until(lambda: len(files(server.media)) == 1)
 
@@ -593,7 +618,7 @@ async def test_two_uploads_at_once_keep_their_own_bytes(
     server: Server, client: httpx2.AsyncClient, database: Connection
 ) -> None:
     async def upload(number: int) -> None:
-        data = JPEG + bytes([number]) * 500_000
+        data = longer_jpeg(500_000, bytes([number]))
         response = await post(client, *fields("ann", str(number)), image(data), video(MP4))
         assert (response.status_code, response.content) == (200, b"{}")
 
@@ -603,7 +628,7 @@ async def test_two_uploads_at_once_keep_their_own_bytes(
     rows = (await client.get("/getimages")).json()
     assert sorted(row[1] for row in rows) == [str(number) for number in range(6)]
     for row in rows:
-        assert (await client.get(row[4])).content == JPEG + bytes([int(row[1])]) * 500_000
+        assert (await client.get(row[4])).content == longer_jpeg(500_000, bytes([int(row[1])]))
         assert (await client.get(row[5])).content == MP4
     assert len(set(await keys(database))) == len(files(server.media)) == 12
 

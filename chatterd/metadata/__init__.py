@@ -1,0 +1,80 @@
+"""Takes out of pictures and videos what they tell about people: place, time, device, author.
+
+Nothing is encoded anew. Each module walks through the files of one family by its specification
+and says which bytes must change. What is kept is listed, everything else goes; a file that cannot
+be understood is refused.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Final
+
+from chatterd.metadata import gif, heif, jpeg, mp4, png, webm, webp
+from chatterd.metadata.source import Edit, Source, Uncleanable
+
+__all__ = ["Edit", "Source", "Uncleanable", "clean", "edits"]
+
+_EDITS_MAX: Final = 10_000
+
+_WALKERS: Final[Mapping[str, Callable[[Source], Iterator[Edit]]]] = {
+    "image/jpeg": jpeg.edits,
+    "image/png": png.edits,
+    "image/gif": gif.edits,
+    "image/webp": webp.edits,
+    "image/heic": heif.edits,
+    "image/heif": heif.edits,
+    "video/mp4": mp4.edits,
+    "video/quicktime": mp4.edits,
+    "video/webm": webm.edits,
+}
+
+
+def clean(path: Path, media_type: str) -> None:
+    """Clean the file at `path`, which is of `media_type`, one of those in `chatterd.media`.
+
+    It is not synced. A copy, where one is needed, lies beside it meanwhile.
+
+    Raises `Uncleanable` before anything is changed, and `OSError`, after which the file may be
+    cleaned in parts.
+    """
+    with path.open("r+b") as file:
+        source = Source(file)
+        changes = edits(source, media_type)
+        if any(len(edit.replacement) != edit.stop - edit.start for edit in changes):
+            _rewrite(path, source, changes)
+            return
+        for edit in changes:
+            file.seek(edit.start)
+            file.write(edit.replacement)
+
+
+def edits(source: Source, media_type: str) -> list[Edit]:
+    """Return the changes that clean a file of `media_type`: in order, none overlapping another.
+
+    A cleaned file needs none. Raises `Uncleanable`.
+    """
+    changes = list(islice(_WALKERS[media_type](source), _EDITS_MAX + 1))
+    if len(changes) > _EDITS_MAX:
+        raise Uncleanable("the file has too many parts")
+    changes.sort()
+    if any(first.stop > second.start for first, second in pairwise(changes)):
+        raise Uncleanable("parts of the file overlap")
+    return [edit for edit in changes if not source.has(edit)]
+
+
+def _rewrite(path: Path, source: Source, changes: list[Edit]) -> None:
+    copy = path.with_name(path.name + ".clean")
+    with copy.open("xb") as target:
+        try:
+            kept_from = 0
+            for edit in (*changes, Edit(source.size, source.size)):
+                for _, window in source.windows(kept_from, edit.start):
+                    target.write(window)
+                target.write(edit.replacement)
+                kept_from = edit.stop
+            target.flush()
+            copy.replace(path)
+        except BaseException:
+            copy.unlink(missing_ok=True)
+            raise
