@@ -25,6 +25,7 @@ from sqlalchemy import (
     literal_column,
     select,
     table,
+    text,
     true,
     tuple_,
 )
@@ -77,6 +78,9 @@ class Chatt(Base):
     __table_args__ = (
         UniqueConstraint("id"),
         Index(None, "time", "seq"),
+        # Who still names a file, of the few chatts that have one.
+        Index("ix_chatts_image", "image", postgresql_where=text("image IS NOT NULL")),
+        Index("ix_chatts_video", "video", postgresql_where=text("video IS NOT NULL")),
         # What RFC 3339 and Python's datetime can say; PostgreSQL's infinity is beyond it.
         CheckConstraint(
             "time >= '0001-01-01 00:00:00+00' AND time < '10000-01-01 00:00:00+00'",
@@ -100,6 +104,26 @@ class Feed(Base):
     epoch: Mapped[UUID] = mapped_column(server_default=func.gen_random_uuid())
 
     __table_args__ = (CheckConstraint("singleton", name="singleton"),)
+
+
+class Media(Base):
+    """A stored file, which any number of chatts may name. The files of adopted chatts have none.
+
+    key: its name under MEDIA_ROOT.
+    size: in bytes.
+    width, height: of a picture, in pixels, right way up.
+    stored: when somebody uploaded it last; a file that is not named by then is about to be.
+    """
+
+    __tablename__ = "media"
+
+    key: Mapped[str] = mapped_column(Text, primary_key=True)
+    size: Mapped[int] = mapped_column(BigInteger)
+    width: Mapped[int | None]
+    height: Mapped[int | None]
+    stored: Mapped[datetime] = mapped_column(
+        DateTime(timezone=True), server_default=func.clock_timestamp()
+    )
 
 
 _TABLE = literal_column("to_regclass('chatts')::oid::bigint", BigInteger)

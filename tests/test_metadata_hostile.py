@@ -125,7 +125,9 @@ def movie_with(*parts_of_it: bytes) -> bytes:
     return movie(parts.box(b"moov", *parts_of_it))
 
 
-PICTURE_TRACK: Final = MP4[MP4.index(b"trak") - 4 : MP4.index(b"udta") - 4]
+_TRACK_START: Final = MP4.index(b"trak") - 4
+_TRACK_SIZE: Final = int.from_bytes(MP4[_TRACK_START : _TRACK_START + 4])
+PICTURE_TRACK: Final = MP4[_TRACK_START : _TRACK_START + _TRACK_SIZE]
 
 
 def metadata_track(sizes: bytes, offsets: bytes) -> bytes:
