@@ -5,6 +5,7 @@ Forms are parsed as they arrive, texts into memory and files onto the disk: Star
 """
 
 import asyncio
+import hashlib
 import os
 import types
 import uuid
@@ -25,7 +26,7 @@ from starlette.types import Message, Receive
 
 from chatterd import metadata, settings
 from chatterd.errors import Problem
-from chatterd.media import SLOTS, SNIFF_SIZE, Kind, Slot, sniff
+from chatterd.media import SLOTS, SNIFF_SIZE, Kind, MediaStore, Slot, Upload, remove_upload, sniff
 
 if TYPE_CHECKING:  # python-multipart defines it for type checkers only
     from python_multipart.multipart import MultipartCallbacks
@@ -46,7 +47,7 @@ class Form:
     """A form that has been received: its texts by field, its files by slot."""
 
     fields: dict[str, str] = field(default_factory=dict)
-    files: dict[Slot, tuple[Path, Kind]] = field(default_factory=dict)
+    files: dict[Slot, Upload] = field(default_factory=dict)
 
 
 async def received_bytes(headers: Headers, receive: Receive, limit: int) -> bytes:
@@ -106,25 +107,27 @@ def _continued(
 
 @asynccontextmanager
 async def received_form(
-    headers: Headers, stream: AsyncIterator[bytes], folder: Path
+    headers: Headers, stream: AsyncIterator[bytes], media: MediaStore
 ) -> AsyncIterator[Form]:
-    """Receive a multipart form, its files durably into `folder`.
+    """Receive a multipart form, its files durably into the folder for what arrives.
 
     Whoever wants to keep a file moves it away while the context lasts; then the others are gone,
     whatever has happened.
 
     Raises `Problem` 408, 413, 415 or 422 as soon as the form turns out to be too slow, too large,
-    of the wrong kind or broken; `OSError` when the disk refuses.
+    of the wrong kind or broken, 503 when too many arrive already, 507 when there is no room for
+    its files; `OSError` when the disk refuses.
     """
-    receiver = _FormReceiver(headers, folder)
-    try:
-        async with _deadline(settings.UPLOAD_TIMEOUT):
-            await receiver.receive(_limited(headers, stream, _FORM_MAX_SIZE))
-        yield receiver.form
-    finally:
-        # Must finish although the request may be being cancelled.
-        with anyio.CancelScope(shield=True):
-            await to_thread.run_sync(_remove, receiver.parts)
+    with media.uploading():
+        receiver = _FormReceiver(headers, media)
+        try:
+            async with _deadline(settings.UPLOAD_TIMEOUT):
+                await receiver.receive(_limited(headers, stream, _FORM_MAX_SIZE))
+            yield receiver.form
+        finally:
+            # Must finish although the request may be being cancelled.
+            with anyio.CancelScope(shield=True):
+                await to_thread.run_sync(_remove, receiver.parts)
 
 
 @asynccontextmanager
@@ -167,19 +170,19 @@ async def _limited(
 def _remove(parts: Iterable["_FilePart"]) -> None:
     for part in parts:
         part.close()
-        part.path.unlink(missing_ok=True)
+        remove_upload(part.path)
 
 
 class _FormReceiver:
     """Feeds a multipart body to the parser as it arrives, and the parser's parts to files."""
 
-    def __init__(self, headers: Headers, folder: Path) -> None:
+    def __init__(self, headers: Headers, media: MediaStore) -> None:
         content_type, parameters = parse_options_header(headers.get("content-type"))
         if content_type != b"multipart/form-data" or not parameters.get(b"boundary"):
             raise Problem("form-invalid", "The body must be multipart/form-data with a boundary.")
         self.form = Form()
         self.parts: list[_FilePart] = []
-        self._folder = folder
+        self._media = media
         self._names: set[str] = set()
         self._part: _FilePart | _TextPart | None = None
         self._header_name = self._header_value = b""
@@ -255,7 +258,7 @@ class _FormReceiver:
             if name == slot:
                 if not is_file:
                     raise Problem(f"{slot}-invalid", f"{slot} must be a file, not a text.")
-                self.parts.append(_FilePart(slot, self._folder / uuid.uuid4().hex))
+                self.parts.append(_FilePart(slot, self._media))
                 return self.parts[-1]
         if name not in _TEXT_FIELDS:
             raise Problem(
@@ -271,8 +274,9 @@ class _FormReceiver:
 class _FilePart:
     """A file while it arrives."""
 
-    def __init__(self, slot: Slot, path: Path) -> None:
-        self.path = path
+    def __init__(self, slot: Slot, media: MediaStore) -> None:
+        self.path = media.incoming / uuid.uuid4().hex
+        self._room = media.room
         self._slot = slot
         self._size = 0
         self._kind: Kind | None = None
@@ -299,14 +303,13 @@ class _FilePart:
             raise Problem(f"{self._slot}-invalid", f"{self._slot} is empty; leave the part out.")
         kind = self._kind or self._recognise()
         try:
-            await to_thread.run_sync(self._clean_and_sync, kind)
+            form.files[self._slot] = await to_thread.run_sync(self._clean_and_sync, kind)
         except metadata.Uncleanable as error:
             raise Problem(
                 f"{self._slot}-unclean",
                 f"{self._slot} may tell where it was taken and by whom, and it cannot be taken out:"
                 f" {error}.",
             ) from error
-        form.files[self._slot] = (self.path, kind)
 
     def close(self) -> None:
         """Give the file back to the system."""
@@ -321,17 +324,21 @@ class _FilePart:
         return kind
 
     def _flush(self) -> None:
-        if self._file is None:
-            self._file = self.path.open("xb")
-        self._file.write(self._buffer)
+        with self._room.taken(len(self._buffer)):
+            if self._file is None:
+                self._file = self.path.open("xb")
+            self._file.write(self._buffer)
         self._buffer.clear()
 
-    def _clean_and_sync(self, kind: Kind) -> None:
+    def _clean_and_sync(self, kind: Kind) -> Upload:
         self._flush()
         self.close()
+        self._room.require_free(self._size)  # cleaning may make a copy, which replaces it
         metadata.clean(self.path, kind.media_type)
         with self.path.open("rb") as file:
             os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return Upload(self.path, kind, file.tell(), digest)
 
 
 class _TextPart:

@@ -50,19 +50,20 @@ def lifespan(
             raise StartError(
                 "DATABASE_URL is not set. Set it, or run: chatterd serve, which brings a database."
             )
-        media = MediaStore(settings.MEDIA_ROOT)
+        database = Database(database_url)
+        media = MediaStore(settings.MEDIA_ROOT, database)
         try:
             await to_thread.run_sync(media.prepare)
         except OSError as error:
             raise StartError(
                 f"MEDIA_ROOT, {settings.MEDIA_ROOT}, cannot be written: {error.strerror}."
             ) from error
-        database = Database(database_url)
         try:
             await database.require_schema()
             async with (
                 aclosing(Writer(database)) as writer,
                 aclosing(Feed(database, settings.FEED_CACHE_BYTES)) as feed,
+                aclosing(media),
                 _llm_client() as llm,
             ):
                 yield State(database=database, writer=writer, feed=feed, media=media, llm=llm)

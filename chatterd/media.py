@@ -1,25 +1,25 @@
-"""Pictures and videos: which formats are accepted, where they are kept, how they are served.
+"""Pictures and videos: which formats are accepted, and where they are kept.
 
-A file is named by its key, one path segment under `MEDIA_ROOT`. A key is never used twice and
-what it names never changes.
+A file is named by its key, one path segment under `MEDIA_ROOT`: the digest of its content and the
+extension of its format. What a key names never changes.
 """
 
-import hashlib
 import os
 import re
 import uuid
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from anyio import to_thread
-from starlette.datastructures import Headers
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
-from werkzeug.http import parse_etags, parse_range_header
-from werkzeug.utils import secure_filename
 
+from chatterd import settings
+from chatterd.database import Database
 from chatterd.errors import Problem
+from chatterd.media_room import Room
+from chatterd.models import upsert_media
+from chatterd.pictures import PictureMaker
 
 Slot = Literal["image", "video"]
 """The two places for media in a chatt."""
@@ -27,7 +27,9 @@ Slot = Literal["image", "video"]
 SLOTS: Final[tuple[Slot, ...]] = ("image", "video")
 SNIFF_SIZE: Final = 512
 """As many bytes of a file's beginning as `sniff` wants to see."""
-_CHUNK_SIZE: Final = 256 * 1024
+THUMBNAIL_SUFFIX: Final = ".thumb.webp"
+"""What the file of a picture's thumbnail is called behind the picture's key."""
+_KEY: Final = re.compile(r"([0-9a-f]{64})\.[a-z0-9]+")
 
 
 class Kind(NamedTuple):
@@ -101,14 +103,30 @@ def _brand_kind(head: bytes) -> Kind | None:
     return next((_BRANDS[brand] for brand in brands if brand in _BRANDS), None)
 
 
-class MediaStore:
-    """The media folder. File work is done in threads; every method may raise `OSError`."""
+class Upload(NamedTuple):
+    """A file that has been received, cleaned and synced, and waits in `.incoming`."""
 
-    def __init__(self, root: Path) -> None:
+    path: Path
+    kind: Kind
+    size: int
+    digest: str
+
+
+class MediaStore:
+    """The media folder. File work is done in threads; every method may raise `OSError`.
+
+    docs/decisions/0009-media-store.md says why its steps have this order.
+    """
+
+    def __init__(self, root: Path, database: Database) -> None:
         self.root = root
         # In the same file system, so that a finished file is moved without copying; hidden, so
         # that no key reaches it.
         self.incoming = root / ".incoming"
+        self.room = Room(root, settings.MEDIA_TOTAL_SIZE, settings.MEDIA_FREE_FLOOR)
+        self._database = database
+        self._pictures = PictureMaker()
+        self._uploads = 0
 
     def prepare(self) -> None:
         """Make the folders. Raises `OSError` where they cannot be written."""
@@ -117,82 +135,92 @@ class MediaStore:
         probe.touch()
         probe.unlink()
 
-    async def keep(self, files: Mapping[Slot, tuple[Path, Kind]], name: str) -> dict[Slot, str]:
-        """Move received files to where they are served from, durably; return their keys.
-
-        `name`, the author's, makes keys readable; nothing depends on it.
-        """
-        stem = secure_filename(name)[:64] or "chatt"
-
-        def move() -> dict[Slot, str]:
-            keys: dict[Slot, str] = {}
-            for slot, (path, kind) in files.items():
-                keys[slot] = f"{stem}-{uuid.uuid4()}{kind.extension}"
-                path.rename(self.root / keys[slot])
-            _sync_folder(self.root)
-            return keys
-
-        return await to_thread.run_sync(move) if files else {}
-
-    async def forget(self, keys: Iterable[str]) -> None:
-        """Remove the files of `keys`, which no chatt names."""
-        paths = [self.root / key for key in keys]
-
-        def remove() -> None:
-            for path in paths:
-                path.unlink(missing_ok=True)
-
-        await to_thread.run_sync(remove)
-
-    async def response(self, key: str, method: str, headers: Headers) -> Response:
-        """Return the answer to a request for the file of `key` (RFC 9110 §13, §14).
-
-        Raises `Problem` 404 when there is no such file, 416 when no byte of it is asked for.
-        """
-        file = await to_thread.run_sync(self._open, key)
-        size = os.fstat(file.fileno()).st_size
-        # A key's file never changes, so the key identifies the bytes, on every node.
-        etag = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:32]
-        answer_headers = {
-            "content-type": _MEDIA_TYPES.get(Path(key).suffix.lower(), "application/octet-stream"),
-            "accept-ranges": "bytes",
-            "etag": f'"{etag}"',
-            "cache-control": "public, max-age=31536000, immutable",
-            # What strangers uploaded must never run as a page of this site.
-            "x-content-type-options": "nosniff",
-            "content-security-policy": "default-src 'none'; sandbox",
-        }
+    @contextmanager
+    def uploading(self) -> Iterator[None]:
+        """Count an upload while it lasts. Raises `Problem` 503 when there are too many."""
+        if self._uploads >= settings.UPLOADS_MAX:
+            raise Problem(
+                "too-many-uploads",
+                f"{settings.UPLOADS_MAX} uploads are under way; try again in a moment.",
+                {"Retry-After": "1"},
+            )
+        self._uploads += 1
         try:
-            if parse_etags(headers.get("if-none-match")).contains_weak(etag):
-                file.close()
-                return Response(status_code=304, headers=answer_headers)
-            # RFC 9110 §14.2 defines Range for GET alone.
-            span = _requested_span(headers, size, f'"{etag}"') if method == "GET" else None
-        except Problem:
-            file.close()
-            raise
-        status = 200 if span is None else 206
-        start, stop = span or (0, size)
-        answer_headers["content-length"] = str(stop - start)
-        if span is not None:
-            answer_headers["content-range"] = f"bytes {start}-{stop - 1}/{size}"
-        if method == "HEAD":
-            file.close()
-            return Response(status_code=status, headers=answer_headers)
-        return _FileResponse(file, start, stop, status, answer_headers)
+            yield
+        finally:
+            self._uploads -= 1
 
-    def _open(self, key: str) -> BinaryIO:
+    async def keep(self, uploads: Mapping[Slot, Upload]) -> dict[Slot, str]:
+        """Move uploads to where they are served from, durably; return their keys.
+
+        The same bytes have the same key. A chatt that names it must follow soon: what no chatt
+        names is swept. Raises `Problem` 413, 415 or 503 for a picture as `describe` does,
+        `DatabaseUnavailable`.
+        """
+        stored: list[dict[str, object]] = []
+        moves: list[tuple[Path, Path]] = []
+        keys: dict[Slot, str] = {}
+        for slot, upload in uploads.items():
+            key = keys[slot] = upload.digest + upload.kind.extension
+            row: dict[str, object] = {"key": key, "size": upload.size}
+            if slot == "image":
+                picture = await self._pictures.describe(upload.path)
+                row |= {"width": picture.width, "height": picture.height}
+                thumbnail = _thumbnail_path(upload.path)
+                await to_thread.run_sync(self._write, thumbnail, picture.thumbnail)
+                moves.append((thumbnail, _thumbnail_path(self.root / key)))
+            moves.append((upload.path, self.root / key))
+            stored.append(row)
+        if stored:
+            async with self._database.transaction() as session:
+                await session.execute(upsert_media(stored))
+            await to_thread.run_sync(self._move, moves)
+        return keys
+
+    def path(self, key: str, *, thumbnail: bool = False) -> Path | None:
+        """Return where the file of `key`, or its thumbnail, would be; None for what is no key."""
         # Keys of adopted databases were made elsewhere, so any plain file name is one.
         if key.startswith(".") or re.search(r"[/\\\0-\x1f]", key):
-            raise _not_found()
-        try:
-            return (self.root / key).open("rb", buffering=0)
-        except OSError as error:  # not there, a folder, a name too long for the file system
-            raise _not_found() from error
+            return None
+        path = self.root / key
+        return _thumbnail_path(path) if thumbnail else path
+
+    async def aclose(self) -> None:
+        """End what decodes pictures."""
+        await self._pictures.aclose()
+
+    def _write(self, path: Path, data: bytes) -> None:
+        with self.room.taken(len(data)), path.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _move(self, moves: Iterable[tuple[Path, Path]]) -> None:
+        for source, target in moves:
+            # Also over a file with the same bytes: its date tells the sweep that it is in use.
+            source.replace(target)
+        _sync_folder(self.root)
 
 
-def _not_found() -> Problem:
-    return Problem("not-found", "There is no such file.")
+def remove_upload(path: Path) -> None:
+    """Remove an upload at `path` that was not kept, and what was made of it."""
+    for file in (path, _thumbnail_path(path)):
+        file.unlink(missing_ok=True)
+
+
+def digest_of_key(key: str) -> str | None:
+    """Return the digest of a file's content that its key tells; None for an adopted file."""
+    match = _KEY.fullmatch(key)
+    return match[1] if match else None
+
+
+def media_type_of(path: Path) -> str:
+    """Return the media type that a file is served with."""
+    return _MEDIA_TYPES.get(path.suffix.lower(), "application/octet-stream")
+
+
+def _thumbnail_path(path: Path) -> Path:
+    return path.with_name(path.name + THUMBNAIL_SUFFIX)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -202,58 +230,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _requested_span(headers: Headers, size: int, etag: str) -> tuple[int, int] | None:
-    """Return the first byte asked for and the one after the last, or None for the whole file.
-
-    What cannot be understood, and several ranges at once, count as no range: RFC 9110 §14.2
-    allows a server to answer with the whole.
-    """
-    header = headers.get("range", "")
-    # If-Range may also be a date, which no answer of ours has given anybody.
-    if headers.get("if-range", etag) != etag:
-        return None
-    wanted = parse_range_header(header)
-    if wanted is not None and wanted.units == "bytes" and len(wanted.ranges) == 1:
-        start, stop = wanted.ranges[0]
-        start = max(0, size + start) if start < 0 else start
-        stop = size if stop is None else min(stop, size)
-    elif re.fullmatch(r"bytes=-0+", header):  # the last 0 bytes; werkzeug takes it for malformed
-        start = stop = size
-    else:
-        return None
-    if start >= stop:
-        raise Problem(
-            "range-not-satisfiable",
-            f"The range is outside of the file, which has {size} bytes.",
-            {"Content-Range": f"bytes */{size}"},
-        )
-    return start, stop
-
-
-class _FileResponse(StreamingResponse):
-    """Bytes `start` to `stop` of an open file, which is closed whatever happens."""
-
-    def __init__(
-        self, file: BinaryIO, start: int, stop: int, status: int, headers: Mapping[str, str]
-    ) -> None:
-        super().__init__(self._chunks(start, stop), status, headers)
-        self._file = file
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._file.close()
-
-    async def _chunks(self, start: int, stop: int) -> AsyncIterator[bytes]:
-        descriptor = self._file.fileno()
-        while start < stop:
-            chunk = await to_thread.run_sync(
-                os.pread, descriptor, min(_CHUNK_SIZE, stop - start), start
-            )
-            if not chunk:
-                raise OSError("The file became shorter while it was sent")
-            start += len(chunk)
-            yield chunk

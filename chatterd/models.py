@@ -1,5 +1,6 @@
 """The tables, and the `Select`s that read them."""
 
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -29,6 +30,7 @@ from sqlalchemy import (
     true,
     tuple_,
 )
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
@@ -241,3 +243,13 @@ def insert_chatts() -> Insert:
     arrays = [bindparam(column, type_=ARRAY(Text)) for column in columns]
     rows = func.unnest(*arrays).table_valued(*columns).render_derived("posted")
     return insert(Chatt).from_select(columns, select(rows), include_defaults=False)
+
+
+def upsert_media(files: Sequence[Mapping[str, object]]) -> Insert:
+    """Insert what is known of stored files; of those that are there, note that they are used."""
+    statement = postgresql.insert(Media).values(
+        [{"width": None, "height": None, **file} for file in files]
+    )
+    return statement.on_conflict_do_update(
+        index_elements=[Media.key], set_={"stored": func.clock_timestamp()}
+    )

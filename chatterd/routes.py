@@ -11,6 +11,7 @@ _ENDPOINTS = {
     "/postimages": views.PostImages,
     "/media/{key}": views.Media,
     "/llmprompt": views.LLMPrompt,
+    "/v1/limits": views.Limits,
 }
 
 # Both forms answer directly: some clients do not follow a redirect of a POST (contract §1).

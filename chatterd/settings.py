@@ -176,6 +176,22 @@ MEDIA_MAX_SIZE: int = _setting(
     "10485760",
     right="a number of bytes, 1 to 1099511627776",
 )
+MEDIA_MAX_PIXELS: int = 50_000_000
+MEDIA_TOTAL_SIZE: int | None = _setting(
+    "MEDIA_TOTAL_SIZE",
+    _optional(_integer(1, 2**50)),
+    "",
+    right="a number of bytes, 1 to 1125899906842624, or empty for no limit",
+)
+MEDIA_FREE_FLOOR: int = _setting(
+    "MEDIA_FREE_FLOOR",
+    _integer(0, 2**50),
+    "268435456",
+    right="a number of bytes, 0 to 1125899906842624",
+)
+UPLOADS_MAX: int = _setting(
+    "UPLOADS_MAX", _integer(1, 10_000), "64", right="a number of uploads, 1 to 10000"
+)
 FEED_CACHE_BYTES: int = _setting(
     "FEED_CACHE_BYTES",
     _integer(2**20, 2**40),

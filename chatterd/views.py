@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar, Final
 
+import msgspec
 from starlette.endpoints import HTTPEndpoint
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -11,12 +12,26 @@ from starlette.types import Receive, Scope, Send
 
 from chatterd import settings
 from chatterd.bodies import received_bytes, received_form
-from chatterd.errors import DatabaseUnavailable
 from chatterd.feed_http import PartsResponse, feed_response
 from chatterd.lifespan import State
 from chatterd.llm import LLMResponse
+from chatterd.media import MediaStore
+from chatterd.media_http import media_response
 from chatterd.schemas import draft_from_fields, draft_from_json
 
+_LIMITS: Final = msgspec.json.encode(
+    {
+        "name_max_length": settings.NAME_MAX_LENGTH,
+        "message_max_length": settings.MESSAGE_MAX_LENGTH,
+        "json_max_size": settings.JSON_MAX_SIZE,
+        "media_max_size": settings.MEDIA_MAX_SIZE,
+        "media_max_pixels": settings.MEDIA_MAX_PIXELS,
+        "media_total_size": settings.MEDIA_TOTAL_SIZE,
+        "media_free_floor": settings.MEDIA_FREE_FLOOR,
+        "uploads_max": settings.UPLOADS_MAX,
+        "upload_timeout": settings.UPLOAD_TIMEOUT,
+    }
+)
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
@@ -82,19 +97,13 @@ class PostImages(Endpoint):
 
     async def post(self, request: Request[State]) -> Response:
         """Store the multipart form's files and chatt; answer `{}` once both are durable."""
-        media, writer = request.state["media"], request.state["writer"]
-        async with received_form(request.headers, request.stream(), media.incoming) as form:
+        media: MediaStore = request.state["media"]
+        async with received_form(request.headers, request.stream(), media) as form:
             draft = draft_from_fields(form.fields)
-            # The files come first: a chatt never names one that is not there.
-            keys = await media.keep(form.files, draft.name)
-            try:
-                await writer.post(draft, keys.get("image"), keys.get("video"))
-            except Exception as error:
-                # After a broken commit nobody knows whether the chatt is there; a file too many
-                # is the lesser harm.
-                if not (isinstance(error, DatabaseUnavailable) and error.maybe_committed):
-                    await media.forget(keys.values())
-                raise
+            # The files come first: a chatt never names one that is not there. Should the chatt
+            # fail after all, the sweep takes them: another chatt may name them by now.
+            keys = await media.keep(form.files)
+            await request.state["writer"].post(draft, keys.get("image"), keys.get("video"))
         return _done()
 
 
@@ -102,9 +111,18 @@ class Media(Endpoint):
     """The stored pictures and videos (contract §1)."""
 
     async def get(self, request: Request[State]) -> Response:
-        """Answer the file, or the range of it that is asked for."""
-        key = request.path_params["key"]
-        return await request.state["media"].response(key, request.method, request.headers)
+        """Answer the file, or the range of it that is asked for; its thumbnail for `?thumb`."""
+        is_thumbnail = "thumb" in request.query_params
+        path = request.state["media"].path(request.path_params["key"], thumbnail=is_thumbnail)
+        return await media_response(path, request.method, request.headers)
+
+
+class Limits(Endpoint):
+    """How large what is sent may be."""
+
+    async def get(self, _request: Request[State]) -> Response:
+        """Answer an object of the limits in force; null where there is none."""
+        return PartsResponse(200, [(b"content-type", b"application/json")], [_LIMITS])
 
 
 class LLMPrompt(Endpoint):

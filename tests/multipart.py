@@ -131,6 +131,8 @@ TITLES = {
     416: "Range Not Satisfiable",
     422: "Unprocessable Content",
     502: "Bad Gateway",
+    503: "Service Unavailable",
+    507: "Insufficient Storage",
 }
 
 # An exception's name, SQL, a column's type, a file's path, a traceback.
@@ -143,6 +145,12 @@ LEAKS = re.compile(
 def files(folder: Path) -> list[str]:
     """Every file below this folder, hidden and half-written ones too."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def kept(folder: Path) -> dict[str, int]:
+    """The files below this folder with their sizes, but for the thumbnails of pictures."""
+    names = [name for name in files(folder) if not name.endswith(".thumb.webp")]
+    return {name: (folder / name).stat().st_size for name in names}
 
 
 def stored_bytes(folder: Path) -> int:

@@ -92,6 +92,9 @@ WRONG = [
     ("MEDIA_MAX_SIZE", "10.5", "'10.5'", "1 to 1099511627776"),
     ("MEDIA_MAX_SIZE", "9" * 5000, "no whole number", "1 to 1099511627776"),
     ("MEDIA_MAX_SIZE", "٣٠٠٠", "'٣٠٠٠'", "1 to 1099511627776"),
+    ("MEDIA_TOTAL_SIZE", "0", "out of range", "1125899906842624, or empty"),
+    ("MEDIA_FREE_FLOOR", "", "''", "0 to 1125899906842624"),
+    ("UPLOADS_MAX", "0", "out of range", "1 to 10000"),
     ("UPLOAD_TIMEOUT", "0", "out of range", "1 to 86400"),
     ("UPLOAD_TIMEOUT", "86401", "out of range", "1 to 86400"),
     # A file of shell's habits: the comment would silently become a part of the value.

@@ -1,0 +1,43 @@
+"""A program that forks a new server whenever it is told to: it has imported everything before.
+
+    python -m tests.forking_server
+
+For each line on its standard input it prints the process id and the address of a new server. The
+server before it must have been killed. It ends with its input.
+"""
+
+import os
+import sys
+
+from chatterd import server, settings
+from chatterd.app import create_app
+
+
+def main() -> None:
+    """Fork a server for each line."""
+    before = None
+    for _ in sys.stdin:
+        if before is not None:
+            os.waitpid(before, 0)
+        before = os.fork()
+        if before == 0:
+            _serve()
+            os._exit(1)
+    if before is not None:
+        os.waitpid(before, 0)
+
+
+def _serve() -> None:
+    address = server.Address("127.0.0.1", 0)
+    with server.listen(address) as listener:
+        url = server.url_of(listener, address)
+
+        def announce() -> None:
+            sys.stdout.write(f"{os.getpid()} {url}\n")
+            sys.stdout.flush()
+
+        server.run(create_app(settings.DATABASE_URL), listener, address, announce)
+
+
+if __name__ == "__main__":
+    main()

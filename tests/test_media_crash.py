@@ -1,0 +1,155 @@
+"""A server that is killed at any moment of an upload: a whole chatt, or nothing after the sweep."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+import anyio
+import asyncpg
+import pytest
+from sqlalchemy.engine import make_url
+
+from chatterd.database import Database, migrate
+from chatterd.media_upkeep import Sweep, doctor
+from tests.conftest import dsn
+from tests.multipart import DEADLINE_SECONDS, connect, encode, fields, form_type, image, kept, video
+from tests.process import environment
+from tests.samples import longer_jpeg, longer_mp4
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from tests.multipart import Connection
+
+KILLS = 200
+UPLOADS_AT_ONCE = 3
+SIZE = 400_000
+# Longer than an upload takes here: some are answered before their server is killed.
+LONGEST_SECONDS = 0.1
+SEED = 20261121
+OTHERS = """
+    SELECT count(*) FROM pg_stat_activity
+    WHERE datname = current_database() AND pid <> pg_backend_pid()
+"""
+# What a connection to a killed server ends in.
+CUT = (OSError, anyio.BrokenResourceError, anyio.EndOfStream, anyio.IncompleteRead)
+
+
+class Forked(NamedTuple):
+    pid: int
+    url: str
+
+
+@contextmanager
+def forking_servers(folder: Path, **settings: str) -> Iterator[Callable[[], Forked]]:
+    """Yield what starts a server, in place of one that has been killed."""
+    with (
+        (folder / "stderr").open("wb") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.forking_server"],
+            cwd=folder,
+            env=environment(folder, **settings),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+
+        def start() -> Forked:
+            stdin.write("\n")
+            stdin.flush()
+            pid, url = stdout.readline().split()
+            return Forked(int(pid), url)
+
+        yield start
+        stdin.close()
+
+
+def media_of(number: int) -> tuple[bytes, bytes]:
+    """A picture and a video that no other upload has."""
+    filling = number.to_bytes(4)
+    return longer_jpeg(SIZE, filling), longer_mp4(SIZE, filling)
+
+
+@pytest.mark.timeout(300)
+async def test_a_killed_server_leaves_whole_chatts_or_nothing_after_the_sweep(
+    empty_database: str, tmp_path: Path
+) -> None:
+    await asyncio.to_thread(migrate, make_url(empty_database))
+    psql = await asyncpg.connect(dsn(empty_database))
+    chance = random.Random(SEED)
+    media = tmp_path / "media"
+    media.mkdir()
+    answered: set[str] = set()
+    numbers = iter(range(10**9))
+
+    async def upload(url: str) -> None:
+        number = next(numbers)
+        picture, movie = media_of(number)
+        with suppress(*CUT):
+            async with connect(url) as wire:
+                form = encode(*fields("ann", str(number)), image(picture), video(movie))
+                lines = (
+                    f"Content-Type: {form_type()['Content-Type']}",
+                    f"Content-Length: {len(form)}",
+                )
+                await wire.request("POST", "/postimages", *lines)
+                await wire.send(form)
+                answer = await wire.answer("POST")
+                assert (answer.status_code, answer.content) == (200, b"{}")
+                answered.add(str(number))
+
+    settings = {"DATABASE_URL": empty_database, "MEDIA_ROOT": str(media)}
+    try:
+        with forking_servers(tmp_path, **settings) as start:
+            for _ in range(KILLS):
+                server = await asyncio.to_thread(start)
+                with anyio.move_on_after(chance.uniform(0, LONGEST_SECONDS)):
+                    async with anyio.create_task_group() as group:
+                        for _ in range(UPLOADS_AT_ONCE):
+                            group.start_soon(upload, server.url)
+                os.kill(server.pid, signal.SIGKILL)
+                await all_is_right(psql, empty_database, media)
+        stored = await psql.fetch("SELECT message, image, video FROM chatts")
+    finally:
+        await psql.close()
+    assert answered <= {row["message"] for row in stored}
+    assert 0 < len(stored) < KILLS * UPLOADS_AT_ONCE
+    for row in stored:
+        picture, movie = media_of(int(row["message"]))
+        assert row["image"].partition(".")[0] == hashlib.sha256(picture).hexdigest()
+        assert row["video"].partition(".")[0] == hashlib.sha256(movie).hexdigest()
+    assert kept(media).keys() == {key for row in stored for key in (row["image"], row["video"])}
+
+
+async def all_is_right(psql: Connection, url: str, media: Path) -> None:
+    """Sweep; then every file is named, complete, and all that is there."""
+    # What PostgreSQL had been sent it may still commit. A sweep is not so soon otherwise.
+    with anyio.fail_after(DEADLINE_SECONDS):
+        while await psql.fetchval(OTHERS):
+            pass
+    database = Database(make_url(url))
+    try:
+        await Sweep(database, media, 0, delete=True).run()
+        report = await doctor(database, media)
+    finally:
+        await database.aclose()
+    states = (report.temporary, report.orphaned, report.corrupt, report.missing)
+    assert [state.count for state in states] == [0, 0, 0, 0], report
+    sizes = await asyncio.to_thread(
+        subprocess.check_output, ["du", "--apparent-size", "--bytes", "--summarize", str(media)]
+    )
+    assert report.total == int(sizes.split()[0])

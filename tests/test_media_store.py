@@ -1,0 +1,233 @@
+"""What is kept of an upload: one file for the same bytes, a thumbnail, and no more than allowed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import httpx2
+from PIL import Image
+
+from tests.multipart import (
+    connect,
+    encode,
+    fields,
+    files,
+    form_type,
+    image,
+    problem,
+    stored_bytes,
+    until,
+    video,
+)
+from tests.samples import JPEG, MP4, VIDEOS, longer_jpeg, longer_mp4
+
+if TYPE_CHECKING:
+    from tests.multipart import Connection, Part, Server, StartServer
+
+THUMBNAIL = ".thumb.webp"
+
+
+async def post(client: httpx2.AsyncClient, *parts: Part) -> httpx2.Response:
+    form = encode(*fields(), *parts)
+    return await client.post("/postimages", content=form, headers=form_type())
+
+
+async def newest_urls(client: httpx2.AsyncClient) -> tuple[str, str]:
+    *_, row = (await client.get("/getimages")).json()
+    return row[4], row[5]
+
+
+def key_of(url: str) -> str:
+    return urlsplit(url).path.rpartition("/")[2]
+
+
+def photo(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 30, 30)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def client_of(server: Server) -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(base_url=server.url, timeout=30)
+
+
+async def test_the_same_bytes_are_one_file_under_their_digest(
+    server: Server, client: httpx2.AsyncClient
+) -> None:
+    for _ in range(2):
+        assert (await post(client, image(JPEG), video(MP4))).content == b"{}"
+    first, second = (await client.get("/getimages")).json()
+    assert first[4:] == second[4:]
+    for url in first[4:]:
+        answer = await client.get(url)
+        digest = hashlib.sha256(answer.content).hexdigest()
+        assert key_of(url).partition(".")[0] == digest
+        assert answer.headers["etag"] == f'"{digest[:32]}"'
+    picture, movie = map(key_of, first[4:])
+    assert files(server.media) == sorted([picture, picture + THUMBNAIL, movie])
+
+
+async def test_bytes_that_differ_in_metadata_alone_are_one_file(
+    server: Server, client: httpx2.AsyncClient
+) -> None:
+    comment = JPEG[:2] + b"\xff\xfe\x00\x09at home" + JPEG[2:]
+    for data in (JPEG, comment):
+        assert (await post(client, image(data))).content == b"{}"
+    assert len(files(server.media)) == 2  # with the thumbnail
+
+
+async def test_what_is_known_of_a_file_is_in_the_table(
+    client: httpx2.AsyncClient, database: Connection
+) -> None:
+    data = photo(1200, 800)
+    for _ in range(2):
+        assert (await post(client, image(data), video(MP4))).content == b"{}"
+    picture, movie = map(key_of, await newest_urls(client))
+    rows = await database.fetch("SELECT * FROM media WHERE key = ANY($1)", [picture, movie])
+    found = {row["key"]: (row["size"], row["width"], row["height"]) for row in rows}
+    size = len((await client.get(f"/media/{picture}")).content)
+    assert found == {picture: (size, 1200, 800), movie: (len(MP4), None, None)}
+
+
+async def test_a_second_upload_of_the_same_bytes_makes_the_file_young_again(
+    server: Server, client: httpx2.AsyncClient, database: Connection
+) -> None:
+    assert (await post(client, image(JPEG))).content == b"{}"
+    key = key_of((await newest_urls(client))[0])
+    os.utime(server.media / key, (0, 0))
+    await database.execute("UPDATE media SET stored = 'epoch' WHERE key = $1", key)
+    assert (await post(client, image(JPEG))).content == b"{}"
+    assert (server.media / key).stat().st_mtime > 1e9
+    stored = await database.fetchval("SELECT stored FROM media WHERE key = $1", key)
+    assert stored.year > 2000
+
+
+async def test_a_thumbnail_is_served_behind_the_pictures_address(
+    client: httpx2.AsyncClient,
+) -> None:
+    assert (await post(client, image(photo(1200, 800)))).content == b"{}"
+    url = (await newest_urls(client))[0]
+    answer = await client.get(url + "?thumb")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/webp")
+    assert Image.open(io.BytesIO(answer.content)).size == (512, 341)
+    digest = hashlib.sha256(answer.content).hexdigest()
+    assert answer.headers["etag"] == f'"{digest[:32]}"'
+    assert answer.headers["cache-control"] == "public, max-age=31536000, immutable"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    again = await client.get(url + "?thumb", headers={"If-None-Match": answer.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    part = await client.get(url + "?thumb=1", headers={"Range": "bytes=0-3"})
+    assert (part.status_code, part.content) == (206, b"RIFF")
+
+
+async def test_a_video_has_no_thumbnail(client: httpx2.AsyncClient) -> None:
+    assert (await post(client, video(MP4))).content == b"{}"
+    problem(await client.get((await newest_urls(client))[1] + "?thumb"), 404)
+
+
+async def test_the_etag_of_an_adopted_file_is_that_of_its_bytes(
+    server: Server, client: httpx2.AsyncClient
+) -> None:
+    adopted = server.media / "ann-7401355b.jpeg"
+    tags = []
+    for data in (JPEG, longer_jpeg(1000)):
+        adopted.write_bytes(data)
+        answer = await client.get("/media/ann-7401355b.jpeg")
+        assert answer.content == data
+        tags.append(answer.headers["etag"])
+        assert tags[-1] == f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+    assert tags[0] != tags[1]
+
+
+async def test_a_picture_that_no_decoder_reads_is_refused_and_leaves_nothing(
+    server: Server, client: httpx2.AsyncClient, database: Connection
+) -> None:
+    broken = JPEG[: JPEG.index(b"\xff\xc0") + 4] + bytes(400) + b"\xff\xd9"
+    problem(await post(client, image(broken)), 415)
+    await until(lambda: files(server.media) == [])
+    assert await database.fetchval("SELECT count(*) FROM chatts") == 0
+
+
+async def test_a_picture_of_too_many_pixels_is_refused_and_leaves_nothing(
+    server: Server, client: httpx2.AsyncClient
+) -> None:
+    size = JPEG.index(b"\xff\xc0") + 5  # of frame: height and width follow (T.81 §B.2.2)
+    bomb = JPEG[:size] + (20_000).to_bytes(2) + (20_000).to_bytes(2) + JPEG[size + 4 :]
+    detail = problem(await post(client, image(bomb)), 413)
+    assert "400000000" in detail
+    assert "50000000" in detail
+    await until(lambda: files(server.media) == [])
+
+
+async def test_all_media_together_stay_below_their_limit(
+    start_server: StartServer, client: httpx2.AsyncClient
+) -> None:
+    limit = 1_000_000
+    server = start_server(MEDIA_TOTAL_SIZE=str(limit))
+    assert client  # the table is empty
+    async with client_of(server) as full:
+        for number in range(3):
+            data = longer_mp4(300_000, bytes([number]))
+            assert (await post(full, video(data))).content == b"{}"
+            assert stored_bytes(server.media) <= limit
+        answer = await post(full, video(longer_mp4(300_000, b"\xff")))
+        assert "1000000" in problem(answer, 507)
+        await until(lambda: len(files(server.media)) == 3)
+        # The operator makes room; nothing has to be restarted.
+        (server.media / files(server.media)[0]).unlink()
+        while (await post(full, video(longer_mp4(300_000, b"\xfe")))).status_code != 200:
+            assert stored_bytes(server.media) <= limit
+        assert len(files(server.media)) == 3
+
+
+async def test_the_disk_keeps_what_is_to_stay_free(start_server: StartServer) -> None:
+    floor = 2**50
+    server = start_server(MEDIA_FREE_FLOOR=str(floor))
+    async with client_of(server) as client:
+        assert str(floor) in problem(await post(client, image(JPEG)), 507)
+        await until(lambda: files(server.media) == [])
+        assert (await post(client)).content == b"{}"  # a text needs no room there
+
+
+async def test_more_uploads_than_allowed_are_told_to_come_again(
+    start_server: StartServer,
+) -> None:
+    server = start_server(UPLOADS_MAX="1")
+    form = encode(*fields(), video(longer_mp4(600_000)))
+    async with client_of(server) as client, connect(server.url) as wire:
+        kind = f"Content-Type: {form_type()['Content-Type']}"
+        await wire.request("POST", "/postimages", kind, f"Content-Length: {len(form)}")
+        await wire.send(form[:500_000])
+        await until(lambda: stored_bytes(server.media) > 0)
+        refused = await post(client, video(VIDEOS[0].data))
+        assert "1 uploads" in problem(refused, 503)
+        assert refused.headers["retry-after"] == "1"
+        await wire.send(form[500_000:])
+        assert (await wire.answer("POST")).content == b"{}"
+        assert (await post(client, video(VIDEOS[0].data))).content == b"{}"
+
+
+async def test_the_limits_in_force_can_be_read(start_server: StartServer) -> None:
+    server = start_server(MEDIA_MAX_SIZE="1000", MEDIA_TOTAL_SIZE="20000", UPLOADS_MAX="3")
+    async with client_of(server) as client:
+        answer = await client.get("/v1/limits")
+        assert answer.headers["content-type"] == "application/json"
+        assert answer.json() == {
+            "name_max_length": 255,
+            "message_max_length": 4096,
+            "json_max_size": 65536,
+            "media_max_size": 1000,
+            "media_max_pixels": 50_000_000,
+            "media_total_size": 20000,
+            "media_free_floor": 268435456,
+            "uploads_max": 3,
+            "upload_timeout": 300,
+        }
+
+
+async def test_without_a_limit_for_all_media_it_is_null(client: httpx2.AsyncClient) -> None:
+    assert (await client.get("/v1/limits/")).json()["media_total_size"] is None
