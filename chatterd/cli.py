@@ -1,18 +1,27 @@
 """The `chatterd` command."""
 
 import argparse
+import asyncio
+import json
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from sqlalchemy.engine import URL, make_url
 
 from chatterd import __version__
+
+if TYPE_CHECKING:
+    from chatterd.database import Database
+    from chatterd.media_upkeep import Tally
+
+T = TypeVar("T")
 
 _VAR: Final = Path("var")
 
@@ -33,6 +42,22 @@ examples:
   chatterd serve --host 0.0.0.0             reachable for phones in the same network
   chatterd serve --port 8443 --certfile cert.pem --keyfile key.pem
   DATABASE_URL=postgresql://me@localhost/chatter chatterd migrate
+  chatterd media doctor                     are all pictures and videos there, and whole?
+  chatterd media sweep --delete             remove what no chatt names any more
+"""
+
+_DOCTOR: Final = """\
+Count what is in MEDIA_ROOT, by state, and what is missing there. Files are read as a whole, to see
+whether they are still what was uploaded. The exit status is 1 when something is missing or corrupt.
+
+  referenced   named by a chatt, or the thumbnail of what is
+  temporary    on its way in or out
+  orphaned     named by no chatt, and whatever else lies there
+  corrupt      not what was uploaded, or not to be read
+  folders      the folders themselves
+  missing      named by a chatt and not there; bytes as far as they are known
+
+The total is everything but the missing, as du counts apparent sizes.
 """
 
 
@@ -53,13 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Late, so that --help needs no usable settings and does not wait for imports.
     from alembic.util import CommandError  # noqa: PLC0415
 
-    from chatterd.database import SchemaError  # noqa: PLC0415
+    from chatterd.database import SchemaError, StatementError  # noqa: PLC0415
     from chatterd.embedded_home import EmbeddedPostgresError  # noqa: PLC0415
     from chatterd.lifespan import StartError  # noqa: PLC0415
+    from chatterd.media_upkeep import MediaError  # noqa: PLC0415
 
+    database_errors = (SchemaError, StatementError, EmbeddedPostgresError, CommandError)
     try:
         options.run(options)
-    except (StartError, SchemaError, EmbeddedPostgresError, CommandError) as error:
+    except (StartError, MediaError, *database_errors) as error:
         sys.exit(f"chatterd: {error}")
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports SIGINT
@@ -99,12 +126,55 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     migrate.set_defaults(run=_migrate)
+
+    media = commands.add_parser(
+        "media",
+        help="look after the stored pictures and videos",
+        description="Look after the stored pictures and videos, also while servers run.",
+        formatter_class=_Help,
+    )
+    _add_media_commands(media.add_subparsers(title="commands", required=True, metavar="COMMAND"))
     return parser
+
+
+def _add_media_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="count what is there, what is missing, and what is corrupt",
+        description=_DOCTOR,
+        formatter_class=_Help,
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON, for programs")
+    doctor.set_defaults(run=_doctor)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="remove what no chatt names",
+        description="Remove files that no chatt names, and what uploads that were cut off have"
+        " left. Without --delete nothing is removed, only counted. Files whose names are not"
+        " chatterd's own are counted as unknown and stay. A server does the same every hour.",
+        formatter_class=_Help,
+    )
+    sweep.add_argument(
+        "--older-than",
+        type=_seconds,
+        default=3600,
+        metavar="SECONDS",
+        help="leave what is younger; beside a server, this must be longer than any upload takes",
+    )
+    sweep.add_argument("--delete", action="store_true", help="do it")
+    sweep.set_defaults(run=_sweep)
 
 
 def _port(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port, which is a number from 0 to 65535")
+    return int(text)
+
+
+def _seconds(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds, 0 to 999999999")
     return int(text)
 
 
@@ -160,6 +230,100 @@ def _migrate(_options: argparse.Namespace) -> None:
     else:
         database.migrate(settings.DATABASE_URL)
     sys.stdout.write(f"The schema is at revision {database.head_revision()}.\n")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from chatterd.media_upkeep import doctor  # noqa: PLC0415 - see main
+
+    report = _with_media(doctor)
+    if options.json:
+        facts = asdict(report) | {"total": report.total, "healthy": report.is_healthy}
+        sys.stdout.write(json.dumps(facts) + "\n")
+    else:
+        for state, keys in ("corrupt", report.corrupt_keys), ("missing", report.missing_keys):
+            # Quoted: a name may hold anything.
+            sys.stdout.writelines(f"{state}: {json.dumps(key)}\n" for key in keys)
+        states = ("missing", "referenced", "temporary", "orphaned", "corrupt", "folders")
+        _print_tallies({state: getattr(report, state) for state in states})
+        sys.stdout.write(f"{'total':<10} {'':>9} {report.total:>17} bytes\n")
+    if not report.is_healthy:
+        sys.exit(1)
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from chatterd.media_upkeep import Sweep  # noqa: PLC0415 - see main
+
+    result = _with_media(
+        lambda database, root: Sweep(
+            database, root, options.older_than, delete=options.delete
+        ).run()
+    )
+    done = "removed" if options.delete else "would be removed; --delete does it"
+    sys.stdout.write(f"{done}:\n")
+    _print_tallies({"orphaned": result.orphaned, "temporary": result.temporary})
+    sys.stdout.write(f"{'records':<10} {result.records:>9}\n")
+    if result.restored.count:
+        sys.stdout.write("put back:\n" if options.delete else "would be put back:\n")
+        _print_tallies({"restored": result.restored})
+    sys.stdout.write("left alone:\n")
+    _print_tallies({"unknown": result.unknown})
+
+
+def _print_tallies(tallies: "Mapping[str, Tally]") -> None:
+    for state, tally in tallies.items():
+        sys.stdout.write(f"{state:<10} {tally.count:>9} {tally.bytes:>17} bytes\n")
+
+
+def _with_media(work: "Callable[[Database, Path], Coroutine[Any, Any, T]]") -> T:
+    """Return what `work` makes of the database and the media folder, also beside a server.
+
+    Raises `MediaError`, `SchemaError`, `StatementError`, `EmbeddedPostgresError`.
+    """
+    from chatterd import database, settings  # noqa: PLC0415 - see main
+    from chatterd.errors import DatabaseUnavailable  # noqa: PLC0415 - see main
+    from chatterd.media_upkeep import MediaError  # noqa: PLC0415 - see main
+
+    # What it logs is about requests; a command says it in its own words.
+    logging.getLogger(database.__name__).setLevel(logging.CRITICAL)
+
+    async def run(url: URL) -> T:
+        opened = database.Database(url)
+        try:
+            return await work(opened, settings.MEDIA_ROOT)
+        finally:
+            await opened.aclose()
+
+    with _database_beside_a_server() as url:
+        try:
+            return asyncio.run(run(url))
+        except DatabaseUnavailable as error:
+            raise database.refusal(error) from error
+        except OSError as error:
+            raise MediaError(
+                f"MEDIA_ROOT, {settings.MEDIA_ROOT}, cannot be used: {error.strerror}."
+            ) from error
+
+
+@contextmanager
+def _database_beside_a_server() -> Iterator[URL]:
+    """Yield the database's URL: of the embedded one, which a server may be running or nobody.
+
+    Never of a new one: to it, every file would be an orphan.
+    """
+    from chatterd import embedded, settings  # noqa: PLC0415 - see main
+    from chatterd.embedded_home import EmbeddedPostgresError  # noqa: PLC0415 - see main
+
+    if settings.DATABASE_URL is None:
+        if (text := embedded.running(_VAR)) is not None:
+            yield make_url(text)
+            return
+        if not (_VAR / "postgres" / "PG_VERSION").exists():
+            raise EmbeddedPostgresError(
+                f"there is no database in {_VAR / 'postgres'}: work in the server's folder, or set"
+                " DATABASE_URL"
+            )
+    with _database() as url:
+        yield url
 
 
 @contextmanager

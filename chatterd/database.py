@@ -282,6 +282,13 @@ def describe(error: Exception) -> str:
     return ", ".join([type(cause).__name__, *facts])
 
 
+def refusal(unavailable: DatabaseUnavailable) -> SchemaError:
+    """Return what a command says where a request would be answered `unavailable`."""
+    cause = unavailable.__cause__
+    assert isinstance(cause, Exception)
+    return cause if isinstance(cause, SchemaError) else _refusal(cause)
+
+
 def _refusal(error: Exception) -> SchemaError:
     return SchemaError(f"The database of DATABASE_URL cannot be used: {_reason(error)}.")
 

@@ -101,6 +101,24 @@ def _start(stack: ExitStack, folder: Path, bin_dir: Path | None, options: Sequen
     server = spawn([binaries / "postgres", "-D", data, *_flags(settings)], account, log)
     stack.callback(_stop, server)
     _wait_until_ready(server, data, sockets, log)
+    return _url(sockets)
+
+
+def running(folder: Path) -> str | None:
+    """Return the URL of the cluster in `folder`/postgres while another process runs it.
+
+    None where nobody does, or it is not ready. Raises EmbeddedPostgresError where it refuses us.
+    """
+    data = (folder / "postgres").resolve()
+    try:
+        # "Lock-file format" in PostgreSQL's miscadmin.h: the fifth line is the sockets' folder.
+        sockets = Path((data / "postmaster.pid").read_text().splitlines()[4])
+    except (OSError, IndexError):
+        return None
+    return _url(sockets) if _accepts(data, sockets) else None
+
+
+def _url(sockets: Path) -> str:
     # Nothing to escape in it, see _socket_folder: configparser, and so alembic, trips over a "%".
     return f"postgresql+asyncpg://{ROLE}@/{DATABASE}?host={sockets}&port={PORT}"
 

@@ -14,6 +14,7 @@ from chatterd import settings
 from chatterd.database import Database
 from chatterd.feed import Feed
 from chatterd.media import MediaStore
+from chatterd.media_upkeep import swept
 from chatterd.writer import Writer
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ def lifespan(
                 aclosing(Feed(database, settings.FEED_CACHE_BYTES)) as feed,
                 aclosing(media),
                 _llm_client() as llm,
+                swept(database, settings.MEDIA_ROOT),
             ):
                 yield State(database=database, writer=writer, feed=feed, media=media, llm=llm)
         finally:

@@ -11,24 +11,31 @@ from sqlalchemy import (
     CheckConstraint,
     ColumnElement,
     DateTime,
+    Delete,
     FetchedValue,
+    Float,
     Index,
     Insert,
     MetaData,
     Select,
     Text,
     UniqueConstraint,
+    and_,
     bindparam,
     cast,
     column,
+    delete,
+    exists,
     func,
     insert,
     literal_column,
+    or_,
     select,
     table,
     text,
     true,
     tuple_,
+    union,
 )
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -138,6 +145,10 @@ _ROW = (
     Chatt.image,
     Chatt.video,
 )
+
+_KEYS = bindparam("keys", type_=ARRAY(Text))
+_OLDER_THAN = bindparam("older_than", type_=Float)
+_STALE = Media.stored < func.now() - func.make_interval(0, 0, 0, 0, 0, 0, _OLDER_THAN)
 
 
 def _page(limit: int, *where: ColumnElement[bool], backward: bool = False) -> Select[Any]:
@@ -253,3 +264,47 @@ def upsert_media(files: Sequence[Mapping[str, object]]) -> Insert:
     return statement.on_conflict_do_update(
         index_elements=[Media.key], set_={"stored": func.clock_timestamp()}
     )
+
+
+def media_is_whole() -> Select[bool]:
+    """Select whether chatts and feed are complete.
+
+    In the midst of a restore, chatts has few rows or none; then come those of feed, and last the
+    indexes.
+    """
+    indexes = [func.to_regclass(f"ix_chatts_{slot}").is_not(None) for slot in ("image", "video")]
+    return select(and_(*indexes, exists(select(Feed.epoch))))
+
+
+def media_named() -> Select[str]:
+    """Select those of `:keys` that a chatt names."""
+    keys = func.unnest(_KEYS).table_valued(column("key", Text)).render_derived("asked")
+    slots = (exists().where(slot == keys.c.key) for slot in (Chatt.image, Chatt.video))
+    return select(keys.c.key).where(or_(*slots))
+
+
+def named_media_after(limit: int) -> Select[str]:
+    """Select the first `limit` keys behind `:after` that chatts name, in order, each once."""
+    after = bindparam("after", type_=Text)
+    pages = (
+        select(slot.label("key")).where(slot > after).distinct().order_by(slot).limit(limit)
+        for slot in (Chatt.image, Chatt.video)
+    )
+    keys = union(*(select(page.subquery()) for page in pages)).subquery()
+    return select(keys.c.key).order_by(keys.c.key).limit(limit)
+
+
+def media_size() -> Select[int]:
+    """Select the bytes of `:keys` in all, as far as they are known."""
+    return select(cast(func.sum(Media.size), BigInteger)).where(Media.key == func.any(_KEYS))
+
+
+def stale_media_after(limit: int) -> Select[str]:
+    """Select the first `limit` keys of media behind `:after` not stored for `:older_than` s."""
+    after = bindparam("after", type_=Text)
+    return select(Media.key).where(Media.key > after, _STALE).order_by(Media.key).limit(limit)
+
+
+def delete_stale_media() -> Delete:
+    """Delete the rows of `:keys` whose files nobody has stored for `:older_than` seconds."""
+    return delete(Media).where(Media.key == func.any(_KEYS), _STALE)

@@ -13,9 +13,12 @@ from tests.conftest import dsn
 from tests.process import assert_refused, run
 
 OPTIONS = {
-    (): {"--help", "--version", "serve", "migrate"},
+    (): {"--help", "--version", "serve", "migrate", "media"},
     ("serve",): {"--help", "--host", "--port", "--certfile", "--keyfile", "--reload"},
     ("migrate",): {"--help"},
+    ("media",): {"--help", "doctor", "sweep"},
+    ("media", "doctor"): {"--help", "--json"},
+    ("media", "sweep"): {"--help", "--older-than", "--delete"},
 }
 
 
@@ -32,7 +35,7 @@ async def db(empty_database: str) -> AsyncIterator["asyncpg.Connection[asyncpg.R
 def test_help_names_every_option(tmp_path: Path, command: tuple[str, ...]) -> None:
     done = run(tmp_path, *command, "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    named = set(re.findall(r"(?<![\w-])--[a-z]+", done.stdout))
+    named = set(re.findall(r"(?<![\w-])--[a-z-]+", done.stdout))
     assert {word for word in OPTIONS[command] if word.startswith("-")} <= named
     for word in OPTIONS[command]:
         assert word in done.stdout
@@ -73,6 +76,13 @@ def test_version_is_that_of_the_package(tmp_path: Path) -> None:
         (("serve", "--port", "٨٠"), "0 to 65535"),
         (("serve", "--port", "80.0"), "0 to 65535"),
         (("migrate", "--port", "1"), "--port"),
+        (("media",), "COMMAND"),
+        (("media", "swep"), "'swep'"),
+        (("media", "doctor", "--delete"), "--delete"),
+        (("media", "sweep", "--older-than"), "--older-than"),
+        (("media", "sweep", "--older-than", "1h"), "'1h'"),
+        (("media", "sweep", "--older-than=-1"), "'-1'"),
+        (("media", "sweep", "--older-than", "1234567890"), "0 to 999999999"),
     ],
 )
 def test_a_wrong_call_is_status_2_and_says_what_was_wrong(

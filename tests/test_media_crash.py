@@ -90,7 +90,7 @@ async def test_a_killed_server_leaves_whole_chatts_or_nothing_after_the_sweep(
 ) -> None:
     await asyncio.to_thread(migrate, make_url(empty_database))
     psql = await asyncpg.connect(dsn(empty_database))
-    chance = random.Random(SEED)
+    chance = random.Random(SEED)  # noqa: S311 - no secret
     media = tmp_path / "media"
     media.mkdir()
     answered: set[str] = set()
