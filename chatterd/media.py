@@ -19,7 +19,7 @@ from chatterd.database import Database
 from chatterd.errors import Problem
 from chatterd.media_room import Room
 from chatterd.models import upsert_media
-from chatterd.pictures import PictureMaker
+from chatterd.pictures import PictureReader
 
 Slot = Literal["image", "video"]
 """The two places for media in a chatt."""
@@ -125,7 +125,7 @@ class MediaStore:
         self.incoming = root / ".incoming"
         self.room = Room(root, settings.MEDIA_TOTAL_SIZE, settings.MEDIA_FREE_FLOOR)
         self._database = database
-        self._pictures = PictureMaker()
+        self._pictures = PictureReader(settings.MEDIA_MAX_PIXELS)
         self._uploads = 0
 
     def prepare(self) -> None:
@@ -184,10 +184,6 @@ class MediaStore:
             return None
         path = self.root / key
         return _thumbnail_path(path) if thumbnail else path
-
-    async def aclose(self) -> None:
-        """End what decodes pictures."""
-        await self._pictures.aclose()
 
     def _write(self, path: Path, data: bytes) -> None:
         with self.room.taken(len(data)), path.open("xb") as file:

@@ -176,7 +176,12 @@ MEDIA_MAX_SIZE: int = _setting(
     "10485760",
     right="a number of bytes, 1 to 1099511627776",
 )
-MEDIA_MAX_PIXELS: int = 50_000_000
+MEDIA_MAX_PIXELS: int = _setting(
+    "MEDIA_MAX_PIXELS",
+    _integer(1, 10**9),
+    "50000000",
+    right="a number of pixels, 1 to 1000000000",
+)
 MEDIA_TOTAL_SIZE: int | None = _setting(
     "MEDIA_TOTAL_SIZE",
     _optional(_integer(1, 2**50)),

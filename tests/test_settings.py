@@ -95,6 +95,9 @@ WRONG = [
     ("MEDIA_TOTAL_SIZE", "0", "out of range", "1125899906842624, or empty"),
     ("MEDIA_FREE_FLOOR", "", "''", "0 to 1125899906842624"),
     ("UPLOADS_MAX", "0", "out of range", "1 to 10000"),
+    ("MEDIA_MAX_PIXELS", "0", "out of range", "1 to 1000000000"),
+    ("MEDIA_MAX_PIXELS", "1000000001", "out of range", "1 to 1000000000"),
+    ("MEDIA_MAX_PIXELS", "50 MP", "'50 MP'", "pixels"),
     ("UPLOAD_TIMEOUT", "0", "out of range", "1 to 86400"),
     ("UPLOAD_TIMEOUT", "86401", "out of range", "1 to 86400"),
     # A file of shell's habits: the comment would silently become a part of the value.
@@ -169,6 +172,7 @@ RIGHT = [
     ("ALLOWED_HOSTS", "192.0.2.1,chat_1", "('192.0.2.1', 'chat_1')"),
     ("OLLAMA_URL", "https://ollama.example/v/", "https://ollama.example/v"),
     ("MEDIA_MAX_SIZE", "1099511627776", "1099511627776"),
+    ("MEDIA_MAX_PIXELS", "1000000000", "1000000000"),
 ]
 
 

@@ -1,0 +1,169 @@
+"""What an uploaded picture is like: its size and a thumbnail, decoded where it can do no harm."""
+
+import asyncio
+import logging
+import math
+import os
+import resource
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from anyio import BrokenWorkerProcess, CapacityLimiter, to_process
+
+from chatterd.errors import Problem
+
+logger = logging.getLogger(__name__)
+
+_QUEUE_LIMIT: Final = 64
+_START_SECONDS: Final = 30.0
+_DECODE_SECONDS: Final = 20.0
+# Address space of the worker. Before it decodes it has 130 MB; a pixel takes 17 bytes in a WebP,
+# which is the hungriest, and fewer than 10 in the other formats.
+_BASE_BYTES: Final = 384 * 2**20
+_PIXEL_BYTES: Final = 20
+
+
+class Picture(NamedTuple):
+    """A picture's size in pixels, right way up, and its thumbnail, a WebP of 512 pixels at most."""
+
+    width: int
+    height: int
+    thumbnail: bytes
+
+
+class PictureReader:
+    """Decodes pictures, one at a time, in a worker process that may die of them.
+
+    `max_pixels` is the most that a picture may have; `deadline_seconds` the longest that decoding
+    it may take. The worker is started for the first picture, and anew after it has died; it ends
+    with the event loop.
+
+    The worker bounds memory and time. It is no sandbox: who takes it over has the server's rights.
+    """
+
+    def __init__(self, max_pixels: int, deadline_seconds: float = _DECODE_SECONDS) -> None:
+        self._max_pixels = max_pixels
+        self._deadline_seconds = deadline_seconds
+        # One picture at a time: the memory for one is bounded and that for several would be a
+        # multiple, and a second processor is better left to the server and the database.
+        self._turn = CapacityLimiter(1)
+        self._worker = CapacityLimiter(1)
+        self._starting: asyncio.Task[None] | None = None
+
+    async def describe(self, path: Path) -> Picture:
+        """Return the picture in the file at `path`; cancelling ends the work on it.
+
+        Raises `Problem` 413 when it has too many pixels, 415 when it cannot be decoded within
+        the worker's limits, 503 when too many pictures are waiting; `OSError` when there is no
+        file, `BrokenWorkerProcess` when there can be no worker.
+        """
+        if self._turn.statistics().tasks_waiting >= _QUEUE_LIMIT:
+            raise Problem(
+                "too-many-uploads",
+                "Too many pictures at the moment; try again in a moment.",
+                {"Retry-After": "1"},
+            )
+        async with self._turn:
+            # anyio forgets a worker, without ending it, when it is cancelled while this starts.
+            self._starting = asyncio.create_task(self._start())
+            await asyncio.shield(self._starting)
+            outcome = await self._decode(path)
+        if isinstance(outcome, Picture):
+            return outcome
+        raise outcome.problem()
+
+    async def _start(self) -> None:
+        """Start the worker unless it runs, and have it set its limits."""
+        try:
+            await self._limit()
+        except BrokenWorkerProcess:  # it was killed while it had nothing to do
+            await self._limit()
+
+    async def _limit(self) -> None:
+        memory = _BASE_BYTES + _PIXEL_BYTES * self._max_pixels
+        async with asyncio.timeout(_START_SECONDS):  # more than anyio takes to give up a start
+            await to_process.run_sync(_limit, memory, cancellable=True, limiter=self._worker)
+
+    async def _decode(self, path: Path) -> "Picture | _Refusal":
+        """Let the worker describe the picture; it is killed when that takes too long."""
+        try:
+            async with asyncio.timeout(self._deadline_seconds):
+                return await to_process.run_sync(
+                    _describe,
+                    path,
+                    self._max_pixels,
+                    math.ceil(self._deadline_seconds) + 1,
+                    cancellable=True,
+                    limiter=self._worker,
+                )
+        except TimeoutError:
+            logger.warning("A picture took more than %g s to decode", self._deadline_seconds)
+        except BrokenWorkerProcess:
+            logger.warning("The process that decodes pictures died of one")
+        return _UNDECODABLE
+
+
+class _Refusal(NamedTuple):
+    """A `Problem` as the worker sends it: exceptions of our own cannot be pickled."""
+
+    code: str
+    detail: str
+
+    def problem(self) -> Problem:
+        return Problem(self.code, self.detail)
+
+
+_UNDECODABLE: Final = _Refusal(
+    "image-undecodable", "image cannot be decoded; it is damaged, or asks too much of a decoder."
+)
+
+
+# What follows runs in the worker.
+
+
+def _limit(memory: int) -> None:
+    """Bound the worker's address space to so many bytes, and put it behind the server.
+
+    May be called again.
+    """
+    # The server's signals reach its whole process group, and a request under way may finish.
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+    # Nobody reads what a decoder may complain about; anyio's pipe would fill up with it.
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(ValueError):  # there is a lower limit already, or macOS, which knows none
+        resource.setrlimit(resource.RLIMIT_AS, (memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    os.setpriority(os.PRIO_PROCESS, 0, 10)
+    # When memory runs out all the same, Linux is to kill the worker rather than the server.
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _describe(path: Path, max_pixels: int, seconds: int) -> Picture | _Refusal:
+    """Return what the picture is like; `seconds` is how long the worker lives on without an end.
+
+    Raises `OSError` when there is no file.
+    """
+    from chatterd import thumbnails  # noqa: PLC0415 - brings Pillow, which is the worker's alone
+
+    with path.open("rb") as file:
+        # The server has the earlier deadline; this is for when the server was killed.
+        signal.alarm(seconds)
+        try:
+            return Picture(*thumbnails.reduced(file, max_pixels))
+        except thumbnails.TooManyPixels as error:
+            return _Refusal(
+                "image-too-many-pixels",
+                f"image has {error.pixels} pixels, more than the limit of {max_pixels}.",
+            )
+        except MemoryError:
+            # Not a state to go on from: a leak would have the worker refuse every picture.
+            os._exit(1)
+        except Exception:  # noqa: BLE001 - decoders raise whatever a broken file makes them meet
+            return _UNDECODABLE
+        finally:
+            signal.alarm(0)
