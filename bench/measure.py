@@ -232,7 +232,7 @@ class Bench:
             Contender(program.name, program, Load(4, "/postimages", form=folder))
             for program in rivals
         ]
-        self._measure(outcome, contenders, self._plan.media_seconds, 1)
+        self._measure(outcome, contenders, self._plan.upload_seconds, 1)
         outcome.compare("tutorial", 1.5)
 
     def _downloads(self, outcome: Outcome, chatterd: Program, ceiling: Program) -> None:
@@ -241,7 +241,7 @@ class Bench:
             Contender("chatterd", chatterd, Load(4, media.video_path(chatterd))),
             Contender("ceiling", ceiling, Load(4, "/media/video")),
         ]
-        self._measure(outcome, contenders, self._plan.media_seconds, 1)
+        self._measure(outcome, contenders, 1, self._plan.upload_seconds)
         outcome.compare("ceiling", 0.8)
 
     def _beside(self, outcome: Outcome, chatterd: Program) -> None:

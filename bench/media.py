@@ -77,7 +77,7 @@ def over_limit(outcome: Outcome, chatterd: Program, form: Form) -> None:
     outcome.stay_within("allowed on the disk", MAX_BYTES / _MIB, grown)
     outcome.note = (
         f"{refusal.status} after {taken:.1f} MiB, {refusal.sent_bytes / _MIB:.1f} MiB until the"
-        f" end; on the disk {grown:.1f} MiB"
+        f" end; on the disk {grown:.1f} MiB, in {largest.looks} looks"
     )
 
 

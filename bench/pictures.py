@@ -2,8 +2,9 @@
 
 import io
 import random
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from PIL import Image
 
@@ -21,29 +22,24 @@ _GPS_IFD: Final = 0x8825
 _GPS: Final = {1: "N", 2: (42.0, 17.0, 30.0), 3: "W", 4: (83.0, 42.0, 45.0)}
 _MAKE: Final = 0x010F
 _DQT: Final = b"\xff\xdb"
-# Values that a byte of a table of quantisation may have: 1 to 255.
+# A step of quantisation may be 1 to 255. load.lua writes numbers the same way.
 _DIGITS: Final = 255
 
 
-class Form(NamedTuple):
+@dataclass(frozen=True)
+class Form:
     """The body of a multipart form, with a picture that is another one for each number.
 
-    Numbers are written into four bytes between `before` and `after`.
+    A number is four bytes between `before` and `after`.
     """
 
     before: bytes
     after: bytes
 
-    def number(self, number: int) -> bytes:
-        """Return the four bytes for `number`, of which there are four thousand million."""
-        return bytes(1 + number // _DIGITS**place % _DIGITS for place in range(4))
-
     def body(self, number: int) -> bytes:
-        """Return the whole body."""
-        return b"".join((self.before, self.number(number), self.after))
-
-    def __len__(self) -> int:
-        return len(self.before) + 4 + len(self.after)
+        """Return the whole body; `number` is below 4 000 000 000."""
+        digits = bytes(1 + number // _DIGITS**place % _DIGITS for place in range(4))
+        return b"".join((self.before, digits, self.after))
 
     def write(self, folder: Path) -> None:
         """Write the form into `folder`, for programs that `read` it or are written in Lua."""

@@ -15,23 +15,23 @@ FEW_ROWS: Final = 10
 class Plan:
     """How long and how large: `seconds` for a run, `slow_seconds` for one with huge answers.
 
-    Runs take turns of a second, those with huge answers of all their seconds, and those with
-    pictures and videos of `media_seconds`.
+    Runs take turns of a second, those with huge answers of all their seconds. `upload_seconds`: for
+    a run of uploads, of which a second has few.
     """
 
     rounds: int
     seconds: int
     slow_seconds: int
-    media_seconds: int
+    upload_seconds: int
     huge_rows: int
     endless_rows: int
 
 
 FULL: Final = Plan(
-    3, seconds=4, slow_seconds=12, media_seconds=2, huge_rows=100_000, endless_rows=1_000_000
+    3, seconds=4, slow_seconds=12, upload_seconds=2, huge_rows=100_000, endless_rows=1_000_000
 )
 QUICK: Final = Plan(
-    1, seconds=2, slow_seconds=2, media_seconds=1, huge_rows=20_000, endless_rows=100_000
+    1, seconds=2, slow_seconds=2, upload_seconds=1, huge_rows=20_000, endless_rows=100_000
 )
 
 

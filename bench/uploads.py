@@ -85,20 +85,23 @@ class LargestSize:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
+        self._pool = ThreadPoolExecutor(1)
         self.bytes = 0
+        self.looks = 0
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._watching = self._pool.submit(self._watch)
         return self
 
     def __exit__(self, *_error: object) -> None:
         self._stop.set()
-        self._thread.join()
+        self._pool.shutdown()
+        self._watching.result()  # else a watch that failed would pass for an empty folder
 
     def _watch(self) -> None:
         while not self._stop.wait(_SAMPLE_SECONDS):
             self.bytes = max(self.bytes, size(self._folder))
+            self.looks += 1
 
 
 @contextmanager
@@ -126,12 +129,12 @@ def held(port: int, form: Form, count: int, sent_bytes: int) -> Iterator[None]:
 
 
 def _hold(port: int, form: Form, number: int, sent_bytes: int, deadline: float) -> socket.socket:
-    start = memoryview(form.body(number))[:sent_bytes]
+    body = form.body(number)
     while True:
         connection = socket.create_connection(("127.0.0.1", port), _DEADLINE_SECONDS)
         try:
-            connection.sendall(_head(f"Content-Length: {len(form)}"))
-            connection.sendall(start)
+            connection.sendall(_head(f"Content-Length: {len(body)}"))
+            connection.sendall(memoryview(body)[:sent_bytes])
             # An upload that must wait for others is told so at once.
             if not select.select([connection], [], [], 0.5)[0]:
                 return connection
@@ -151,7 +154,7 @@ def _retry_seconds(connection: socket.socket) -> float:
         answer.begin()
         if answer.status != 503:
             raise RuntimeError(f"an upload was answered {answer.status} before its end")
-        return float(answer.headers["Retry-After"])
+        return float(answer.headers.get("Retry-After", 1))
 
 
 def _head(length: str) -> bytes:
@@ -212,7 +215,10 @@ class Endless:
 
 @contextmanager
 def endless(port: int, form: Path, media: Path, count: int) -> Iterator[Endless]:
-    """Keep `count` uploads running while the context lasts."""
+    """Keep `count` uploads running while the context lasts.
+
+    Raises `RuntimeError` when their process fails.
+    """
     found = Endless()
     with subprocess.Popen(
         [sys.executable, "-m", "bench.uploads", str(port), str(form), str(media), str(count)],
@@ -227,7 +233,11 @@ def endless(port: int, form: Path, media: Path, count: int) -> Iterator[Endless]
                 raise RuntimeError("the uploads did not begin")
             yield found
             said, _ = process.communicate(timeout=_STOP_SECONDS)
+            if process.returncode != 0:
+                raise RuntimeError("the uploads ended in an error")
             found.answers = json.loads(said)
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError("the uploads did not end") from error
         finally:
             process.kill()
 
