@@ -28,7 +28,10 @@ def main() -> None:
     parser = argparse.ArgumentParser("bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one short round, smaller tables")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="scenarios with this in their titles"
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="scenarios with this in their titles; media: all with pictures and videos",
     )
     options = parser.parse_args()
     plan = QUICK if options.quick else FULL

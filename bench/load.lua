@@ -1,7 +1,10 @@
 -- wrk's script. Arguments: how many of ten requests are posts, and a file with a post's JSON body
--- in each line. At the end it writes a summary as one line of JSON; times are microseconds.
+-- in each line; for uploads also the folder of a form (pictures.py), its Content-Type, and the
+-- number of the first picture. At the end it writes a summary as one line of JSON; times are
+-- microseconds.
 
 local bodies, posts_of_ten, count = {}, 0, 0
+local before, after
 
 local function mixed()
    count = count + 1
@@ -11,8 +14,34 @@ local function mixed()
    return read
 end
 
+local function upload()
+   count = count + 1
+   local rest, digits = count, {}
+   for place = 1, 4 do
+      digits[place] = 1 + rest % 255
+      rest = math.floor(rest / 255)
+   end
+   return before .. string.char(unpack(digits)) .. after
+end
+
+local function content(path)
+   local file = assert(io.open(path, "rb"))
+   local bytes = file:read("*a")
+   file:close()
+   return bytes
+end
+
 function init(args)
    posts_of_ten = tonumber(args[1])
+   if args[3] then
+      before, after = content(args[3] .. "/before"), content(args[3] .. "/after")
+      count = tonumber(args[5])
+      local headers = { ["Content-Type"] = args[4] }
+      local whole = wrk.format("POST", nil, headers, before .. "1234" .. after)
+      before = whole:sub(1, -1 - #"1234" - #after)
+      request = upload
+      return
+   end
    if posts_of_ten == 0 then
       return -- with no global `request`, wrk sends the same bytes again and costs nothing here
    end

@@ -1,5 +1,6 @@
 """The load: wrk, driven by `load.lua`."""
 
+import itertools
 import json
 import re
 import shutil
@@ -11,18 +12,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from bench.pictures import FORM_TYPE
+
 _SCRIPT: Final = Path(__file__).with_name("load.lua")
 _TIMEOUT_SECONDS: Final = 60
+# No run sends as many pictures, so that each picture is sent once.
+_first_pictures: Final = itertools.count(1_000, 100_000)
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one run of wrk sends: GET `path` again and again, or posts instead of some of them."""
+    """What one run of wrk sends: GET `path` again and again, or posts instead of some of them.
+
+    Or uploads to `path`: each time another picture in the form that lies in the folder `form`.
+    """
 
     connections: int
     path: str = "/getchatts"
     headers: Mapping[str, str] = field(default_factory=dict)
     posts_of_ten: int = 0
+    form: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,9 @@ class Run:
 
 def run(load: Load, port: int, seconds: int, bodies: Path) -> Run:
     """Put `load` on the server at `port`; `bodies` holds a post's JSON in each line."""
+    form: tuple[str, ...] = ()
+    if load.form:
+        form = (str(load.form), FORM_TYPE["Content-Type"], str(next(_first_pictures)))
     done = subprocess.run(
         [
             _wrk(),
@@ -50,14 +62,14 @@ def run(load: Load, port: int, seconds: int, bodies: Path) -> Run:
             *("--script", str(_SCRIPT)),
             *(word for name in load.headers for word in ("-H", f"{name}: {load.headers[name]}")),
             f"http://127.0.0.1:{port}{load.path}",
-            *("--", str(load.posts_of_ten), str(bodies)),
+            *("--", str(load.posts_of_ten), str(bodies), *form),
         ],
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode != 0:
-        raise RuntimeError(f"wrk failed: {done.stdout}{done.stderr}")
+        raise RuntimeError(f"wrk failed: {done.stdout}{done.stderr}".strip())
     summary = json.loads(done.stdout.strip().splitlines()[-1])
     duration = summary["duration"] / 1e6
     return Run(

@@ -13,15 +13,18 @@ from typing import Final, NamedTuple
 from sqlalchemy.engine import URL
 from tqdm import tqdm
 
-from bench import data, load, programs
+from bench import data, load, media, pictures, programs, uploads
 from bench.load import Load, Run
 from bench.peers.tutorial import SCHEMA
+from bench.pictures import Form
 from bench.programs import Program
 from bench.scenarios import (
     FEW_ROWS,
+    MEDIA_TITLES,
     Comparison,
     EndlessKind,
     Kind,
+    MediaKind,
     Outcome,
     Plan,
     Scenario,
@@ -37,6 +40,7 @@ _SLACK_BYTES: Final = 64 * _MIB
 _DOWNLOADS: Final = 3
 _WARM_UP_SECONDS: Final = 1
 _LIMIT: Final = 50
+_MEDIA_ROWS: Final = 100
 
 
 class NotAvailable(Exception):  # noqa: N818 - a feature that is not there yet is no error
@@ -71,6 +75,7 @@ class Bench:
         for database in (self._few_url, self._endless_url):
             migrate(database)
         data.execute(self._tutorial_url, SCHEMA)
+        self._warm: set[Program] = set()
         self._bodies = folder / "bodies"
         self._bodies.write_text("".join(f"{body}\n" for body in data.post_bodies(1_000)))
 
@@ -79,13 +84,21 @@ class Bench:
         against_peers = [one for one in scenarios(self._plan) if self._only in one.title.lower()]
         titles = endless_titles(self._plan)
         endless = {key: title for key, title in titles.items() if self._only in title.lower()}
-        runs = sum(len(scenario.programs) for scenario in against_peers) + 2 * len(endless)
+        of_media = {
+            kind: title
+            for kind, title in MEDIA_TITLES.items()
+            if self._only in f"media: {title}".lower()
+        }
+        runs = sum(len(scenario.programs) for scenario in against_peers)
+        runs += 2 * (len(endless) + len(of_media))
         with tqdm(total=runs * self._plan.rounds, unit="run", leave=False) as self._bar:
             for rows in sorted({scenario.rows for scenario in against_peers}):
                 same_size = [scenario for scenario in against_peers if scenario.rows == rows]
                 yield from self._against_peers(rows, same_size)
             if endless:
                 yield from self._endless_table(endless)
+            if of_media:
+                yield from self._media(of_media)
 
     def _against_peers(self, rows: int, same_size: Sequence[Scenario]) -> Iterator[Outcome]:
         self._bar.set_description(f"{spaced(rows)} rows: filling the tables")
@@ -183,6 +196,63 @@ class Bench:
             )
         return outcome
 
+    def _media(self, titles: Mapping[MediaKind, str]) -> Iterator[Outcome]:
+        """Compare what is done with pictures and videos, beside a feed of some rows."""
+        picture = pictures.picture_form(9_000_000)
+        data.fill(self._few_url, _MEDIA_ROWS)
+        limit = str(media.MAX_BYTES)
+        with ExitStack() as stack:
+            enter = stack.enter_context
+            chatterd = enter(programs.chatterd(self._folder, self._few_url, MEDIA_MAX_SIZE=limit))
+            tutorial = enter(programs.tutorial(self._folder, self._tutorial_url))
+            ceiling = enter(programs.ceiling(self._folder, b"[]"))
+            for kind, title in titles.items():
+                outcome = Outcome(title)
+                self._bar.set_description(title)
+                with self._recorded(outcome, 2):
+                    match kind:
+                        case "memory":
+                            media.memory(outcome, chatterd, picture)
+                        case "upload":
+                            self._uploads(outcome, (chatterd, tutorial), picture)
+                        case "download":
+                            self._downloads(outcome, chatterd, ceiling)
+                        case "over limit":
+                            media.over_limit(outcome, chatterd, picture)
+                        case "beside":
+                            self._beside(outcome, chatterd)
+                yield outcome
+
+    def _uploads(self, outcome: Outcome, rivals: Sequence[Program], picture: Form) -> None:
+        folder = self._folder / "picture"
+        picture.write(folder)
+        for program in rivals:
+            media.upload(program, picture.body(0))
+        contenders = [
+            Contender(program.name, program, Load(4, "/postimages", form=folder))
+            for program in rivals
+        ]
+        self._measure(outcome, contenders, self._plan.upload_seconds, 1)
+        outcome.compare("tutorial", 1.5)
+
+    def _downloads(self, outcome: Outcome, chatterd: Program, ceiling: Program) -> None:
+        (ceiling.media / "video").write_bytes(pictures.video())
+        contenders = [
+            Contender("chatterd", chatterd, Load(4, media.video_path(chatterd))),
+            Contender("ceiling", ceiling, Load(4, "/media/video")),
+        ]
+        self._measure(outcome, contenders, 1, self._plan.upload_seconds)
+        outcome.compare("ceiling", 0.8)
+
+    def _beside(self, outcome: Outcome, chatterd: Program) -> None:
+        folder = self._folder / "larger"
+        pictures.picture_form(10_000_000).write(folder)
+        beside = media.Beside(chatterd, folder, self._bodies)
+        for _ in range(self._plan.rounds):
+            data.fill(self._few_url, _MEDIA_ROWS)
+            beside.round(self._plan.seconds)
+        beside.note(outcome)
+
     def _measure(
         self, outcome: Outcome, contenders: Sequence[Contender], seconds: int, turns: int
     ) -> None:
@@ -192,10 +262,10 @@ class Bench:
         machine is slow is slow for all of them.
         """
         figures: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-        for number in range(self._plan.rounds):
+        for _ in range(self._plan.rounds):
             self._bar.set_description(outcome.title)
             for contender in contenders:
-                self._prepare(contender, warm_up=number == 0)
+                self._prepare(contender)
             runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
             cpu_seconds = dict.fromkeys(runs, 0.0)
             for _ in range(turns):
@@ -218,13 +288,16 @@ class Bench:
                 self._bar.update()
         outcome.figures = {name: statistics.median(found) for name, found in figures.items()}
 
-    def _prepare(self, contender: Contender, *, warm_up: bool) -> None:
+    def _prepare(self, contender: Contender) -> None:
+        """Bring the program to where a run begins: it has its rows, has read them, and is warm."""
+        program = contender.program
         if contender.refill is not None and contender.database is not None:
             data.fill(contender.database, contender.refill)
-        contender.program.download("/getchatts")
-        if warm_up:
-            load.run(contender.load, contender.program.port, _WARM_UP_SECONDS, self._bodies)
-            contender.program.settle()
+            program.download("/getchatts")
+        if program not in self._warm:
+            load.run(contender.load, program.port, _WARM_UP_SECONDS, self._bodies)
+            program.settle()
+            self._warm.add(program)
 
     def _run(self, contender: Contender, seconds: int) -> tuple[Run, float]:
         """Return what wrk saw, and the processor time that the program took."""
@@ -238,6 +311,10 @@ class Bench:
         rows_after = _row_count(contender)
         if rows_after is not None and rows_before is not None and rows_after < rows_before + posted:
             raise RuntimeError(f"{contender.name}: {posted} posts were answered, fewer are stored")
+        if contender.load.form:
+            uploaded = run.requests - run.errors.get("status", 0)
+            if uploads.remove(program.media) < uploaded:
+                raise RuntimeError(f"{contender.name}: {uploaded} pictures answered, fewer stored")
         return run, cpu_seconds
 
     @contextmanager

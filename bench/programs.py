@@ -33,20 +33,25 @@ class Answer(NamedTuple):
 
 
 class Program:
-    """A running server."""
+    """A running server; `media` is the folder for what is uploaded to it."""
 
-    def __init__(self, name: str, port: int, process: psutil.Process) -> None:
+    def __init__(self, name: str, port: int, process: psutil.Process, media: Path) -> None:
         self.name = name
         self.port = port
+        self.media = media
         self._process = process
 
     def request(
-        self, path: str, method: str = "GET", headers: Mapping[str, str] | None = None
+        self,
+        path: str,
+        method: str = "GET",
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
     ) -> Answer:
         """Return the whole answer to one request."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_ANSWER_SECONDS)
         try:
-            connection.request(method, path, headers=dict(headers or {}))
+            connection.request(method, path, body, headers=dict(headers or {}))
             answer = connection.getresponse()
             found = {name.lower(): value for name, value in answer.getheaders()}
             return Answer(answer.status, found, answer.read())
@@ -66,6 +71,11 @@ class Program:
     def resident_bytes(self) -> int:
         """Return the resident memory of the program's processes together."""
         return sum(process.memory_info().rss for process in self._processes())
+
+    def server_bytes(self) -> int:
+        """Return the resident memory of the server's own process, without its children."""
+        rss: int = self._process.memory_info().rss
+        return rss
 
     def cpu_seconds(self) -> float:
         """Return the processor time that the program's processes have taken so far."""
@@ -89,8 +99,9 @@ def chatterd(folder: Path, url: URL, **settings: str) -> Iterator[Program]:
     """Run chatterd with its default settings, except the named ones."""
     port = _free_port()
     command = ["chatterd", "serve", "--port", str(port)]
-    settings = {"DATABASE_URL": data.dsn(url), "MEDIA_ROOT": str(folder / "media")} | settings
-    with _running("chatterd", port, command, folder, settings) as program:
+    with _running(
+        "chatterd", port, command, folder, {"DATABASE_URL": data.dsn(url)} | settings
+    ) as program:
         yield program
 
 
@@ -122,7 +133,14 @@ def _running(
 ) -> Iterator[Program]:
     """Run `python -m module` in `folder`, whose .env it must not find, while the context lasts."""
     log = folder / f"{name}.log"
-    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(_ROOT)}
+    media = folder / "media" / name
+    media.mkdir(parents=True, exist_ok=True)
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "PYTHONPATH": str(_ROOT),
+        "MEDIA_ROOT": str(media),
+    }
     with log.open("wb") as output:
         process = psutil.Popen(
             [sys.executable, "-m", *module],
@@ -135,7 +153,7 @@ def _running(
             start_new_session=True,
         )
     try:
-        program = Program(name, port, process)
+        program = Program(name, port, process, media)
         _wait_until_it_answers(program, process, log)
         yield program
     finally:

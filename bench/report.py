@@ -26,7 +26,15 @@ _HEADINGS: Final = (
     "met",
     "note",
 )
-_LIBRARIES: Final = ("granian", "hypercorn", "starlette", "sqlalchemy", "asyncpg", "psycopg")
+_LIBRARIES: Final = (
+    "granian",
+    "hypercorn",
+    "starlette",
+    "sqlalchemy",
+    "asyncpg",
+    "psycopg",
+    "pillow",
+)
 
 
 def machine(postgresql: str) -> Mapping[str, object]:
@@ -73,7 +81,8 @@ def _figure(outcome: Outcome, name: str) -> str:
     figure = outcome.figures.get(name)
     if figure is None:
         return ""
-    return f"{figure:.{0 if figure >= 100 else 1}f}{' MiB' * (outcome.unit == 'MiB')}"
+    digits = 0 if figure >= 100 else 1 if figure >= 1 else 2
+    return f"{figure:.{digits}f}" + f" {outcome.unit}" * (outcome.unit != "requests/s")
 
 
 def _ratio(ratio: float, goal: float | None) -> str:

@@ -1,11 +1,12 @@
 """What is measured, what is to be reached, and what comes of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
 Kind: TypeAlias = Literal["get", "gzip", "not modified", "mix", "post", "limit"]
 EndlessKind: TypeAlias = Kind | Literal["memory"]
+MediaKind: TypeAlias = Literal["memory", "upload", "download", "over limit", "beside"]
 
 FEW_ROWS: Final = 10
 
@@ -14,18 +15,24 @@ FEW_ROWS: Final = 10
 class Plan:
     """How long and how large: `seconds` for a run, `slow_seconds` for one with huge answers.
 
-    Runs take turns of a second, those with huge answers of all their seconds.
+    Runs take turns of a second, those with huge answers of all their seconds. `upload_seconds`: for
+    a run of uploads, of which a second has few.
     """
 
     rounds: int
     seconds: int
     slow_seconds: int
+    upload_seconds: int
     huge_rows: int
     endless_rows: int
 
 
-FULL: Final = Plan(3, seconds=4, slow_seconds=12, huge_rows=100_000, endless_rows=1_000_000)
-QUICK: Final = Plan(1, seconds=2, slow_seconds=2, huge_rows=20_000, endless_rows=100_000)
+FULL: Final = Plan(
+    3, seconds=4, slow_seconds=12, upload_seconds=2, huge_rows=100_000, endless_rows=1_000_000
+)
+QUICK: Final = Plan(
+    1, seconds=2, slow_seconds=2, upload_seconds=1, huge_rows=20_000, endless_rows=100_000
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,16 @@ def endless_titles(plan: Plan) -> dict[EndlessKind, str]:
     }
 
 
+MEDIA_TITLES: Final[Mapping[MediaKind, str]] = {
+    "memory": "memory per concurrent upload",
+    "upload": "POST /postimages, picture of 9 MB, 4 connections",
+    "download": "GET /media, video of 10 MB, 4 connections",
+    "over limit": "over-limit upload of 400 MB, chunked",
+    "beside": "GET /getchatts while 20 uploads of 10 MB run, 99th percentile",
+}
+"""The titles of what is measured with pictures and videos."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A figure of chatterd's divided by one of another's; goal: what the ratio must reach."""
@@ -124,6 +141,14 @@ class Outcome:
         if name in self.figures:
             ratio = self.figures["chatterd"] / self.figures[name]
             self.comparisons.append(Comparison(name, ratio, goal))
+
+    def stay_within(self, name: str, allowed: float, found: float) -> None:
+        """Note that `found`, a figure that should be small, must be no more than `allowed`.
+
+        What is hardly anything counts as a hundredth of what is allowed.
+        """
+        self.figures[name] = allowed
+        self.comparisons.append(Comparison(name, allowed / max(found, allowed / 100), 1.0))
 
     @property
     def met(self) -> str:

@@ -4,17 +4,18 @@ Its headers are those that chatterd's answers must have as well.
 
     python -m bench.peers.ceiling PORT FILE
 
-FILE holds the bytes that GET /getchatts answers.
+FILE holds the bytes that GET /getchatts answers. GET /media/... answers files of MEDIA_ROOT.
 """
 
 import gzip
+import os
 import sys
 from pathlib import Path
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -54,9 +55,15 @@ def _constants(feed: bytes) -> Starlette:
         msgspec.json.decode(await request.body())
         return Response(b"{}", media_type="application/json")
 
+    media = Path(os.environ["MEDIA_ROOT"])
+
+    async def get_file(request: Request) -> Response:
+        return FileResponse(media / request.path_params["key"])
+
     return Starlette(
         routes=[
             Route("/getchatts", get_chatts, methods=["GET"]),
+            Route("/media/{key}", get_file, methods=["GET"]),
             Route("/postchatt", post_chatt, methods=["POST"]),
         ]
     )

@@ -1,21 +1,26 @@
 """The tutorial's program: Starlette, a psycopg pool, raw SQL, one statement per request.
 
 Its JSON is made by `pydantic_core.to_json`, in one step from rows to bytes. Served by Granian with
-one worker. It knows neither compression nor conditional or narrow reads.
+one worker. It knows neither compression nor conditional or narrow reads. A form is received by
+Starlette, which puts its files on the disk first, and its files are then read and written again.
 """
 
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TypedDict
+from pathlib import Path
+from typing import Final, TypedDict
+from uuid import uuid4
 
 from psycopg_pool import AsyncConnectionPool
 from pydantic_core import to_json
 from starlette.applications import Starlette
+from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from werkzeug.utils import secure_filename
 
 SCHEMA = """
     CREATE TABLE chatts (
@@ -23,8 +28,17 @@ SCHEMA = """
         message varchar(4096) NOT NULL,
         id uuid NOT NULL,
         time timestamptz NOT NULL DEFAULT now()
+    );
+    CREATE TABLE images (
+        name varchar(255) NOT NULL,
+        message varchar(4096) NOT NULL,
+        id uuid NOT NULL,
+        time timestamptz NOT NULL DEFAULT now(),
+        imageurl text,
+        videourl text
     )
 """
+_MEDIA: Final = Path(os.environ.get("MEDIA_ROOT", "media"))
 
 
 @dataclass
@@ -61,10 +75,39 @@ async def _post_chatt(request: Request[_State]) -> Response:
     return JSONResponse({})
 
 
+async def _post_images(request: Request[_State]) -> Response:
+    async with request.form() as form:
+        name = str(form["username"])
+        message = str(form["message"])
+        imageurl = await _saved(form, "image", name, ".jpeg", request)
+        videourl = await _saved(form, "video", name, ".mp4", request)
+    async with request.state["pool"].connection() as connection, connection.cursor() as cursor:
+        await cursor.execute(
+            "INSERT INTO images (name, message, id, imageurl, videourl)"
+            " VALUES (%s, %s, gen_random_uuid(), %s, %s)",
+            (name, message, imageurl, videourl),
+        )
+    return JSONResponse({})
+
+
+async def _saved(
+    form: FormData, field: str, name: str, extension: str, request: Request[_State]
+) -> str | None:
+    """Write the file in `field`; return its address."""
+    upload = form.get(field)
+    if not isinstance(upload, UploadFile):
+        return None
+    filename = secure_filename(f"{name}-{uuid4()}{extension}")
+    with (_MEDIA / filename).open("wb") as file:
+        file.write(await upload.read())
+    return f"{request.url.scheme}://{request.url.netloc}/media/{filename}"
+
+
 app = Starlette(
     routes=[
         Route("/getchatts", _get_chatts, methods=["GET"]),
         Route("/postchatt", _post_chatt, methods=["POST"]),
+        Route("/postimages", _post_images, methods=["POST"]),
     ],
     lifespan=_lifespan,
 )
