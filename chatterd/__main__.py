@@ -2,4 +2,6 @@
 
 from chatterd.cli import main
 
-main()
+# Not where the process that decodes pictures imports it.
+if __name__ == "__main__":
+    main()

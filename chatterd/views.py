@@ -15,7 +15,6 @@ from chatterd.bodies import received_bytes, received_form
 from chatterd.feed_http import PartsResponse, feed_response
 from chatterd.lifespan import State
 from chatterd.llm import LLMResponse
-from chatterd.media import MediaStore
 from chatterd.media_http import media_response
 from chatterd.schemas import draft_from_fields, draft_from_json
 
@@ -97,7 +96,7 @@ class PostImages(Endpoint):
 
     async def post(self, request: Request[State]) -> Response:
         """Store the multipart form's files and chatt; answer `{}` once both are durable."""
-        media: MediaStore = request.state["media"]
+        media = request.state["media"]
         async with received_form(request.headers, request.stream(), media) as form:
             draft = draft_from_fields(form.fields)
             # The files come first: a chatt never names one that is not there. Should the chatt
