@@ -61,7 +61,6 @@ def reduced(file: BinaryIO, max_pixels: int) -> tuple[int, int, bytes]:
     if orientation >= 5:
         width, height = height, width
     small = _in_srgb(small)
-    small.info = {}  # the profile, which Pillow would write, among others
     thumbnail = BytesIO()
     small.save(thumbnail, "WEBP", quality=_QUALITY)
     return width, height, thumbnail.getvalue()

@@ -529,7 +529,8 @@ async def test_who_leaves_while_the_worker_starts_leaves_no_second_one(describe:
         process.kill()
         await until(lambda process=process: not process.is_running())  # type: ignore[misc] # bound at once
     describing = describe(samples.PNG)
-    await until(lambda: bool(workers()))
+    # It runs, and has not yet said so.
+    await until(lambda: bool(workers()) and workers()[0].memory_info().rss > 10 * 2**20)
     describing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await describing
