@@ -25,7 +25,7 @@ from starlette.types import Message, Receive
 
 from chatterd import metadata, settings
 from chatterd.errors import Problem
-from chatterd.media import SLOTS, SNIFF_SIZE, Kind, MediaStore, Slot, Upload, remove_upload, sniff
+from chatterd.media import SLOTS, SNIFF_SIZE, Kind, MediaStore, Slot, Upload, sniff
 
 if TYPE_CHECKING:  # python-multipart defines it for type checkers only
     from python_multipart.multipart import MultipartCallbacks
@@ -169,7 +169,7 @@ async def _limited(
 def _remove(parts: Iterable["_FilePart"]) -> None:
     for part in parts:
         part.close()
-        remove_upload(part.path)
+        part.path.unlink(missing_ok=True)
 
 
 class _FormReceiver:

@@ -64,6 +64,7 @@ def lifespan(
             async with (
                 aclosing(Writer(database)) as writer,
                 aclosing(Feed(database, settings.FEED_CACHE_BYTES)) as feed,
+                aclosing(media),
                 _llm_client() as llm,
                 swept(database, settings.MEDIA_ROOT),
             ):

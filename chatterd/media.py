@@ -4,11 +4,14 @@ A file is named by its key, one path segment under `MEDIA_ROOT`: the digest of i
 extension of its format. What a key names never changes.
 """
 
+import asyncio
+import logging
 import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
@@ -21,6 +24,8 @@ from chatterd.media_room import Room
 from chatterd.models import upsert_media
 from chatterd.pictures import PictureReader
 
+logger = logging.getLogger(__name__)
+
 Slot = Literal["image", "video"]
 """The two places for media in a chatt."""
 
@@ -28,7 +33,7 @@ SLOTS: Final[tuple[Slot, ...]] = ("image", "video")
 SNIFF_SIZE: Final = 512
 """As many bytes of a file's beginning as `sniff` wants to see."""
 THUMBNAIL_SUFFIX: Final = ".thumb.webp"
-"""What the file of a picture's thumbnail is called behind the picture's key."""
+"""What a thumbnail's file is called behind the picture's key. An empty one: there is none."""
 _KEY: Final = re.compile(r"([0-9a-f]{64})\.[a-z0-9]+")
 
 
@@ -125,7 +130,10 @@ class MediaStore:
         self.incoming = root / ".incoming"
         self.room = Room(root, settings.MEDIA_TOTAL_SIZE, settings.MEDIA_FREE_FLOOR)
         self._database = database
-        self._pictures = PictureReader(settings.MEDIA_MAX_PIXELS)
+        # A picture that is long in being decoded holds up no upload.
+        self._measuring = PictureReader(settings.MEDIA_MAX_PIXELS)
+        self._reducing = PictureReader(settings.MEDIA_MAX_PIXELS)
+        self._thumbnails: dict[str, asyncio.Task[None]] = {}
         self._uploads = 0
 
     def prepare(self) -> None:
@@ -154,36 +162,78 @@ class MediaStore:
         """Move uploads to where they are served from, durably; return their keys.
 
         The same bytes have the same key. A chatt that names it must follow soon: what no chatt
-        names is swept. Raises `Problem` 413, 415 or 503 for a picture as `describe` does,
-        `DatabaseUnavailable`.
+        names is swept. Raises `Problem` 413, 415 or 503 for a picture as `PictureReader.measure`
+        does, `DatabaseUnavailable`.
         """
-        stored: list[dict[str, object]] = []
-        moves: list[tuple[Path, Path]] = []
         keys: dict[Slot, str] = {}
+        rows: list[dict[str, object]] = []
         for slot, upload in uploads.items():
-            key = keys[slot] = upload.digest + upload.kind.extension
-            row: dict[str, object] = {"key": key, "size": upload.size}
-            if slot == "image":
-                picture = await self._pictures.describe(upload.path)
-                row |= {"width": picture.width, "height": picture.height}
-                thumbnail = _thumbnail_path(upload.path)
-                await to_thread.run_sync(self._write, thumbnail, picture.thumbnail)
-                moves.append((thumbnail, _thumbnail_path(self.root / key)))
-            moves.append((upload.path, self.root / key))
-            stored.append(row)
-        if stored:
+            keys[slot] = upload.digest + upload.kind.extension
+            size = await self._measuring.measure(upload.path) if slot == "image" else (None, None)
+            rows.append(
+                {"key": keys[slot], "size": upload.size, "width": size[0], "height": size[1]}
+            )
+        if rows:
             async with self._database.transaction() as session:
-                await session.execute(upsert_media(stored))
+                await session.execute(upsert_media(rows))
+            moves = [(upload.path, self.root / keys[slot]) for slot, upload in uploads.items()]
             await to_thread.run_sync(self._move, moves)
+        if "image" in keys:
+            self._begin_thumbnail(keys["image"])
         return keys
 
-    def path(self, key: str, *, thumbnail: bool = False) -> Path | None:
-        """Return where the file of `key`, or its thumbnail, would be; None for what is no key."""
+    def path(self, key: str) -> Path | None:
+        """Return where the file of `key` would be; None for what is no key."""
         # Keys of adopted databases were made elsewhere, so any plain file name is one.
-        if key.startswith(".") or re.search(r"[/\\\0-\x1f]", key):
+        is_key = not key.startswith(".") and not re.search(r"[/\\\0-\x1f]", key)
+        return self.root / key if is_key else None
+
+    async def thumbnail_path(self, key: str) -> Path | None:
+        """Return where the thumbnail of the picture `key` is, which is made now if it was not.
+
+        None for what is no picture. Raises `Problem` 503 when too many are being made.
+        """
+        picture = self.path(key)
+        if picture is None or not media_type_of(picture).startswith("image/"):
             return None
+        path = _thumbnail_path(picture)
+        if not await to_thread.run_sync(path.exists):
+            if not await to_thread.run_sync(picture.is_file):
+                return None
+            # Others may be waiting for it, too.
+            await asyncio.shield(self._begin_thumbnail(key))
+        return path
+
+    async def aclose(self) -> None:
+        """End the making of thumbnails; what is not made is made when somebody asks for it."""
+        for task in self._thumbnails.values():
+            task.cancel()
+        await asyncio.gather(*self._thumbnails.values(), return_exceptions=True)
+
+    def _begin_thumbnail(self, key: str) -> "asyncio.Task[None]":
+        task = self._thumbnails.get(key)
+        if task is None:
+            task = self._thumbnails[key] = asyncio.create_task(self._make_thumbnail(key))
+            task.add_done_callback(partial(self._end_thumbnail, key))
+        return task
+
+    def _end_thumbnail(self, key: str, task: "asyncio.Task[None]") -> None:
+        del self._thumbnails[key]
+        # Whoever waits for it is told as well; after an upload nobody may.
+        if not task.cancelled() and (error := task.exception()) and not isinstance(error, Problem):
+            logger.error("A thumbnail cannot be made: %r", error)
+
+    async def _make_thumbnail(self, key: str) -> None:
         path = self.root / key
-        return _thumbnail_path(path) if thumbnail else path
+        try:
+            data = await self._reducing.thumbnail(path)
+        except Problem as problem:
+            if problem.code == "too-many-uploads":
+                raise
+            data = b""  # what cannot be decoded is not tried again
+        place = self.incoming / uuid.uuid4().hex
+        await to_thread.run_sync(self._write, place, data)
+        await to_thread.run_sync(self._move, [(place, _thumbnail_path(path))])
 
     def _write(self, path: Path, data: bytes) -> None:
         with self.room.taken(len(data)), path.open("xb") as file:
@@ -196,12 +246,6 @@ class MediaStore:
             # Also over a file with the same bytes: its date tells the sweep that it is in use.
             source.replace(target)
         _sync_folder(self.root)
-
-
-def remove_upload(path: Path) -> None:
-    """Remove an upload at `path` that was not kept, and what was made of it."""
-    for file in (path, _thumbnail_path(path)):
-        file.unlink(missing_ok=True)
 
 
 def digest_of_key(key: str) -> str | None:

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from werkzeug.http import parse_etags, parse_range_header
 
 from chatterd.errors import Problem
-from chatterd.media import digest_of_key, media_type_of
+from chatterd.media import THUMBNAIL_SUFFIX, digest_of_key, media_type_of
 
 _CHUNK_SIZE: Final = 256 * 1024
 
@@ -62,8 +62,11 @@ def _open(path: Path | None) -> tuple[BinaryIO, int, str]:
             raise FileNotFoundError
         file = path.open("rb", buffering=0)
     except OSError as error:  # not there, a folder, a name too long for the file system
-        raise Problem("not-found", "There is no such file.") from error
+        raise _not_found() from error
     status = os.fstat(file.fileno())
+    if not status.st_size and path.name.endswith(THUMBNAIL_SUFFIX):
+        file.close()
+        raise _not_found()
     digest = digest_of_key(path.name)
     if digest is None:
         try:
@@ -72,6 +75,10 @@ def _open(path: Path | None) -> tuple[BinaryIO, int, str]:
             file.close()
             raise
     return file, status.st_size, digest[:32]
+
+
+def _not_found() -> Problem:
+    return Problem("not-found", "There is no such file.")
 
 
 @lru_cache(4096)

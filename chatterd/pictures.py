@@ -6,9 +6,10 @@ import math
 import os
 import resource
 import signal
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias, TypeVar
 
 from anyio import BrokenWorkerProcess, CapacityLimiter, to_process
 
@@ -25,12 +26,14 @@ _BASE_BYTES: Final = 384 * 2**20
 _PIXEL_BYTES: Final = 20
 
 
-class Picture(NamedTuple):
-    """A picture's size in pixels, right way up, and its thumbnail, a WebP of 512 pixels at most."""
+T = TypeVar("T")
+
+
+class Size(NamedTuple):
+    """A picture's size in pixels, right way up."""
 
     width: int
     height: int
-    thumbnail: bytes
 
 
 class PictureReader:
@@ -52,13 +55,20 @@ class PictureReader:
         self._worker = CapacityLimiter(1)
         self._starting: asyncio.Task[None] | None = None
 
-    async def describe(self, path: Path) -> Picture:
-        """Return the picture in the file at `path`; cancelling ends the work on it.
+    async def measure(self, path: Path) -> Size:
+        """Return the size of the picture in the file at `path`, of which no pixel is decoded.
 
-        Raises `Problem` 413 when it has too many pixels, 415 when it cannot be decoded within
-        the worker's limits, 503 when too many pictures are waiting; `OSError` when there is no
-        file, `BrokenWorkerProcess` when there can be no worker.
+        Cancelling ends the work on it. Raises `Problem` 413 when it has too many pixels, 415 when
+        it cannot be decoded within the worker's limits, 503 when too many pictures are waiting;
+        `OSError` when there is no file, `BrokenWorkerProcess` when there can be no worker.
         """
+        return await self._ask(_measured, path)
+
+    async def thumbnail(self, path: Path) -> bytes:
+        """Return its thumbnail, a WebP of at most 512 pixels on a side; as `measure` does."""
+        return await self._ask(_reduced, path)
+
+    async def _ask(self, question: "_Question[T]", path: Path) -> T:
         if self._turn.statistics().tasks_waiting >= _QUEUE_LIMIT:
             raise Problem(
                 "too-many-uploads",
@@ -69,10 +79,10 @@ class PictureReader:
             # anyio forgets a worker, without ending it, when it is cancelled while this starts.
             self._starting = asyncio.create_task(self._start())
             await asyncio.shield(self._starting)
-            outcome = await self._decode(path)
-        if isinstance(outcome, Picture):
-            return outcome
-        raise outcome.problem()
+            outcome = await self._decode(question, path)
+        if isinstance(outcome, _Refusal):
+            raise outcome.problem()
+        return outcome
 
     async def _start(self) -> None:
         """Start the worker unless it runs, and have it set its limits."""
@@ -86,12 +96,12 @@ class PictureReader:
         async with asyncio.timeout(_START_SECONDS):  # more than anyio takes to give up a start
             await to_process.run_sync(_limit, memory, cancellable=True, limiter=self._worker)
 
-    async def _decode(self, path: Path) -> "Picture | _Refusal":
-        """Let the worker describe the picture; it is killed when that takes too long."""
+    async def _decode(self, question: "_Question[T]", path: Path) -> "T | _Refusal":
+        """Let the worker look at the picture; it is killed when that takes too long."""
         try:
             async with asyncio.timeout(self._deadline_seconds):
                 return await to_process.run_sync(
-                    _describe,
+                    question,
                     path,
                     self._max_pixels,
                     math.ceil(self._deadline_seconds) + 1,
@@ -119,8 +129,10 @@ _UNDECODABLE: Final = _Refusal(
     "image-undecodable", "image cannot be decoded; it is damaged, or asks too much of a decoder."
 )
 
+_Question: TypeAlias = Callable[[Path, int, int], T | _Refusal]
 
-# What follows runs in the worker.
+
+# What follows runs in the worker. Its questions raise `OSError` when there is no file.
 
 
 def _limit(memory: int) -> None:
@@ -143,27 +155,45 @@ def _limit(memory: int) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def _describe(path: Path, max_pixels: int, seconds: int) -> Picture | _Refusal:
-    """Return what the picture is like; `seconds` is how long the worker lives on without an end.
-
-    Raises `OSError` when there is no file.
-    """
+def _measured(path: Path, max_pixels: int, seconds: int) -> Size | _Refusal:
     from chatterd import thumbnails  # noqa: PLC0415 - brings Pillow, which is the worker's alone
 
-    with path.open("rb") as file:
-        # The server has the earlier deadline; this is for when the server was killed.
-        signal.alarm(seconds)
-        try:
-            return Picture(*thumbnails.reduced(file, max_pixels))
-        except thumbnails.TooManyPixels as error:
-            return _Refusal(
-                "image-too-many-pixels",
-                f"image has {error.pixels} pixels, more than the limit of {max_pixels}.",
-            )
-        except MemoryError:
-            # Not a state to go on from: a leak would have the worker refuse every picture.
-            os._exit(1)
-        except Exception:  # noqa: BLE001 - decoders raise whatever a broken file makes them meet
-            return _UNDECODABLE
-        finally:
-            signal.alarm(0)
+    with _life_of(seconds), path.open("rb") as file:
+        return _looked_at(lambda: Size(*thumbnails.measured(file, max_pixels)), max_pixels)
+
+
+def _reduced(path: Path, max_pixels: int, seconds: int) -> bytes | _Refusal:
+    from chatterd import thumbnails  # noqa: PLC0415 - brings Pillow, which is the worker's alone
+
+    with _life_of(seconds), path.open("rb") as file:
+        return _looked_at(lambda: thumbnails.reduced(file, max_pixels), max_pixels)
+
+
+@contextmanager
+def _life_of(seconds: int) -> Iterator[None]:
+    """End the worker after so many seconds.
+
+    The server has an earlier deadline; this is for when the server was killed.
+    """
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def _looked_at(look: Callable[[], T], max_pixels: int) -> T | _Refusal:
+    from chatterd.thumbnails import TooManyPixels  # noqa: PLC0415 - as above
+
+    try:
+        return look()
+    except TooManyPixels as error:
+        return _Refusal(
+            "image-too-many-pixels",
+            f"image has {error.pixels} pixels, more than the limit of {max_pixels}.",
+        )
+    except MemoryError:
+        # Not a state to go on from: a leak would have the worker refuse every picture.
+        os._exit(1)
+    except Exception:  # noqa: BLE001 - decoders raise whatever a broken file makes them meet
+        return _UNDECODABLE

@@ -3,6 +3,7 @@
 Importing this imports Pillow, which the server itself does without.
 """
 
+from collections.abc import Callable
 from io import BytesIO
 from typing import BinaryIO, Final
 
@@ -43,27 +44,54 @@ class TooManyPixels(Exception):  # noqa: N818 - a fact about the picture, not a 
         self.pixels = pixels
 
 
-def reduced(file: BinaryIO, max_pixels: int) -> tuple[int, int, bytes]:
-    """Return the width and height of a picture, upright, and its first frame's thumbnail as WebP.
+def measured(file: BinaryIO, max_pixels: int) -> tuple[int, int]:
+    """Return the width and height of a picture, upright; no pixel is decoded.
+
+    Raises as `reduced` does.
+    """
+    with Image.open(file, formats=_FORMATS) as image:
+        size = _size(image, max_pixels)
+        # Pillow would decode a PNG to see whether its Exif block stands behind its pixels.
+        turn = _orientation(lambda: _png_exif(file) if image.format == "PNG" else image.getexif())
+    return size[::-1] if turn >= 5 else size
+
+
+def reduced(file: BinaryIO, max_pixels: int) -> bytes:
+    """Return the thumbnail of a picture's first frame, upright, as WebP.
 
     Raises `TooManyPixels` before any pixel is decoded, and whatever Pillow raises for what it
     cannot decode.
     """
     with Image.open(file, formats=_FORMATS) as image:
-        width, height = image.size
-        if width * height > max_pixels:
-            raise TooManyPixels(width * height)
+        _size(image, max_pixels)
         small = _small(image)
-        # A PNG may tell its orientation behind its pixels.
-        orientation = _orientation(image)
+        orientation = _orientation(image.getexif)  # now: a PNG's may stand behind its pixels
     if orientation in _TURNS:
         small = small.transpose(_TURNS[orientation])
-    if orientation >= 5:
-        width, height = height, width
     small = _in_srgb(small)
     thumbnail = BytesIO()
     small.save(thumbnail, "WEBP", quality=_QUALITY)
-    return width, height, thumbnail.getvalue()
+    return thumbnail.getvalue()
+
+
+def _size(image: Image.Image, max_pixels: int) -> tuple[int, int]:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise TooManyPixels(width * height)
+    return width, height
+
+
+def _png_exif(file: BinaryIO) -> Image.Exif:
+    """Return the Exif block of a PNG, or an empty one (PNG §5.3, §11.3.3.6)."""
+    exif = Image.Exif()
+    file.seek(8)  # behind the signature
+    while len(head := file.read(8)) == 8:
+        length, kind = int.from_bytes(head[:4]), head[4:]
+        if kind == b"eXIf":
+            exif.load(file.read(length))
+            break
+        file.seek(length + 4, 1)  # the checksum, too
+    return exif
 
 
 def _small(image: Image.Image) -> Image.Image:
@@ -84,10 +112,10 @@ def _small(image: Image.Image) -> Image.Image:
     return image
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(read_exif: Callable[[], Image.Exif]) -> int:
     """Return the Exif orientation, from 1 to 8 (Exif 2.32 §4.6.4)."""
     try:
-        value = image.getexif().get(ExifTags.Base.Orientation)
+        value = read_exif().get(ExifTags.Base.Orientation)
     except Exception:  # noqa: BLE001 - whatever is wrong with the Exif block, the pixels are there
         return 1
     # A HEIC is turned as it is decoded, and its plug-in sets the value to 1.

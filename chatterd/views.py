@@ -111,8 +111,9 @@ class Media(Endpoint):
 
     async def get(self, request: Request[State]) -> Response:
         """Answer the file, or the range of it that is asked for; its thumbnail for `?thumb`."""
+        media, key = request.state["media"], request.path_params["key"]
         is_thumbnail = "thumb" in request.query_params
-        path = request.state["media"].path(request.path_params["key"], thumbnail=is_thumbnail)
+        path = await media.thumbnail_path(key) if is_thumbnail else media.path(key)
         return await media_response(path, request.method, request.headers)
 
 

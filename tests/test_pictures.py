@@ -12,7 +12,7 @@ import sys
 import zlib
 from functools import cache
 from io import BytesIO
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import pillow_heif
 import psutil
@@ -20,7 +20,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from chatterd.errors import Problem
-from chatterd.pictures import Picture, PictureReader
+from chatterd.pictures import PictureReader
 from tests import samples
 from tests.process import DEADLINE_SECONDS, environment, wait_until
 
@@ -31,6 +31,19 @@ if TYPE_CHECKING:
     Describe: TypeAlias = Callable[[bytes], "asyncio.Task[Picture]"]
 
 pillow_heif.register_heif_opener()
+
+
+class Picture(NamedTuple):
+    width: int
+    height: int
+    thumbnail: bytes
+
+
+async def described(reader: PictureReader, path: Path) -> Picture:
+    """All that is to be known of a picture."""
+    thumbnail = await reader.thumbnail(path)
+    return Picture(*await reader.measure(path), thumbnail)
+
 
 MAX_PIXELS = 50_000_000
 QUEUE_LIMIT = 64
@@ -52,7 +65,7 @@ def describe(reader: PictureReader, tmp_path: Path) -> Describe:
     def start(data: bytes) -> asyncio.Task[Picture]:
         path = tmp_path / "picture"
         path.write_bytes(data)
-        return asyncio.create_task(reader.describe(path))
+        return asyncio.create_task(described(reader, path))
 
     return start
 
@@ -405,9 +418,9 @@ async def test_a_header_of_too_many_pixels_is_enough_to_refuse_a_picture(
 async def test_a_heic_of_too_many_pixels_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "picture"
     path.write_bytes(encoded(quarters(), "HEIF"))
-    refusing = asyncio.create_task(PictureReader(64 * 64 - 1).describe(path))
+    refusing = asyncio.create_task(described(PictureReader(64 * 64 - 1), path))
     await assert_refused(refusing, "image-too-many-pixels", "4096 pixels", "4095")
-    assert (await PictureReader(64 * 64).describe(path))[:2] == (64, 64)
+    assert (await described(PictureReader(64 * 64), path))[:2] == (64, 64)
 
 
 # Broken files
@@ -429,11 +442,30 @@ async def test_a_png_whose_compressed_data_are_broken_is_refused(describe: Descr
     await assert_refused(describe(png(64, 64, 8, 2, broken)), "image-undecodable")
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+async def test_a_picture_is_measured_without_being_decoded(
+    reader: PictureReader, tmp_path: Path, kind: str, orientation: int
+) -> None:
+    data = encoded(Image.new("RGB", (300, 200), RED), kind, exif=exif(orientation))
+    if kind == "PNG":  # its Exif block, behind the pixels
+        start = data.index(b"eXIf") - 4
+        stop = start + 12 + int.from_bytes(data[start : start + 4])
+        data = data[:start] + data[stop:-12] + data[start:stop] + data[-12:]
+    path = tmp_path / "picture"
+    path.write_bytes(data)
+    wanted = (200, 300) if orientation >= 5 else (300, 200)
+    assert await reader.measure(path) == wanted
+    if kind == "JPEG":
+        path.write_bytes(data[:-100])
+        assert await reader.measure(path) == wanted
+
+
 async def test_a_file_that_is_not_there_is_no_fault_of_a_picture(
     reader: PictureReader, tmp_path: Path
 ) -> None:
     with pytest.raises(FileNotFoundError):
-        await reader.describe(tmp_path / "picture")
+        await described(reader, tmp_path / "picture")
 
 
 async def test_mutated_pictures_meet_nothing_but_a_problem(describe: Describe) -> None:
@@ -464,12 +496,12 @@ async def test_a_picture_for_which_memory_runs_out_is_refused_and_the_next_is_no
     # A decoder of HEIC reads the whole file.
     large.write_bytes(samples.HEIC)
     os.truncate(large, 2**32)
-    await reader.describe(quick)
+    await described(reader, quick)
     [worker] = workers()
     assert worker.rlimit(psutil.RLIMIT_AS)[0] < 1500 * 2**20
     assert worker.rlimit(psutil.RLIMIT_CORE) == (0, 0)
-    await assert_refused(asyncio.create_task(reader.describe(large)), "image-undecodable")
-    assert (await reader.describe(quick)).width == 2
+    await assert_refused(asyncio.create_task(described(reader, large)), "image-undecodable")
+    assert (await described(reader, quick)).width == 2
     # What is left of a worker without memory is not used.
     assert workers() != [worker]
 
@@ -508,10 +540,10 @@ async def test_a_picture_that_takes_too_long_is_refused_and_the_next_is_not(
     slow, quick = tmp_path / "slow", tmp_path / "quick"
     slow.write_bytes(slow_png())
     quick.write_bytes(samples.PNG)
-    await assert_refused(asyncio.create_task(reader.describe(slow)), "image-undecodable")
+    await assert_refused(asyncio.create_task(described(reader, slow)), "image-undecodable")
     assert workers() == []
     reader = PictureReader(MAX_PIXELS)
-    assert (await reader.describe(quick)).width == 2
+    assert (await described(reader, quick)).width == 2
 
 
 async def test_who_leaves_ends_the_work_on_the_picture(describe: Describe) -> None:
@@ -545,10 +577,10 @@ async def test_as_many_pictures_wait_as_may_and_one_more_is_refused(
     await busy()
     quick = tmp_path / "quick"
     quick.write_bytes(samples.PNG)
-    waiting = [asyncio.create_task(reader.describe(quick)) for _ in range(QUEUE_LIMIT)]
+    waiting = [asyncio.create_task(described(reader, quick)) for _ in range(QUEUE_LIMIT)]
     await asyncio.wait(waiting, timeout=0)
     with pytest.raises(Problem) as refused:
-        await reader.describe(quick)
+        await described(reader, quick)
     assert (refused.value.status, refused.value.code) == (503, "too-many-uploads")
     assert refused.value.headers == {"Retry-After": "1"}
     assert (await describing).width == 7000
@@ -575,7 +607,7 @@ async def main(path):
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     reader = PictureReader(50_000_000)
-    describing = asyncio.create_task(reader.describe(path))
+    describing = asyncio.create_task(described(reader, path))
     if sys.argv[3] == "idle":
         print((await describing)[:2], "PIL" in sys.modules, flush=True)
     await stopping.wait()
@@ -622,7 +654,7 @@ async def test_a_program_ends_with_its_worker_and_prints_only_its_own(
     process = program("picture", "idle")
     assert process.stdout is not None
     # And it has not loaded Pillow.
-    assert process.stdout.readline() == "(2, 2) False\n"
+    assert process.stdout.readline() == "b'RIFF' False\n"
     [worker] = psutil.Process(process.pid).children()
     os.killpg(process.pid, signal.SIGTERM)
     assert process.communicate(timeout=DEADLINE_SECONDS) == ("", "")
