@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -232,7 +233,7 @@ class Bench:
             Contender(program.name, program, Load(4, "/postimages", form=folder))
             for program in rivals
         ]
-        self._measure(outcome, contenders, self._plan.upload_seconds, 1)
+        self._measure(outcome, contenders, self._plan.upload_seconds, turns=1)
         outcome.compare("tutorial", 1.5)
 
     def _downloads(self, outcome: Outcome, chatterd: Program, ceiling: Program) -> None:
@@ -241,16 +242,18 @@ class Bench:
             Contender("chatterd", chatterd, Load(4, media.video_path(chatterd))),
             Contender("ceiling", ceiling, Load(4, "/media/video")),
         ]
-        self._measure(outcome, contenders, 1, self._plan.upload_seconds)
+        self._measure(outcome, contenders, seconds=1, turns=1)
         outcome.compare("ceiling", 0.8)
 
     def _beside(self, outcome: Outcome, chatterd: Program) -> None:
         folder = self._folder / "larger"
         pictures.picture_form(10_000_000).write(folder)
         beside = media.Beside(chatterd, folder, self._bodies)
-        for _ in range(self._plan.rounds):
-            data.fill(self._few_url, _MEDIA_ROWS)
-            beside.round(self._plan.seconds)
+        for measure in (beside.before, partial(beside.round, self._plan.seconds)):
+            for _ in range(self._plan.rounds):
+                data.fill(self._few_url, _MEDIA_ROWS)
+                chatterd.download("/getchatts")
+                measure()
         beside.note(outcome)
 
     def _measure(
@@ -297,6 +300,8 @@ class Bench:
         if program not in self._warm:
             load.run(contender.load, program.port, _WARM_UP_SECONDS, self._bodies)
             program.settle()
+            if contender.load.form:
+                uploads.remove(program.media)
             self._warm.add(program)
 
     def _run(self, contender: Contender, seconds: int) -> tuple[Run, float]:

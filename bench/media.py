@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -92,22 +93,31 @@ class Beside:
         self._busy: list[Run] = []
         self._answers: Counter[str] = Counter()
 
+    def before(self) -> None:
+        """Measure for a second. Only before any uploads: for a while after them it is slower."""
+        self._idle.append(self._read(1))
+
     def round(self, seconds: int) -> None:
-        """Measure for a second before, and for so many seconds while the uploads run."""
+        """Measure for so many seconds while the uploads run."""
         chatterd = self._chatterd
-        chatterd.download("/getchatts")
-        self._idle.append(load.run(Load(1), chatterd.port, 1, self._bodies))
         with uploads.endless(chatterd.port, self._form, chatterd.media, _BESIDE) as found:
-            self._busy.append(load.run(Load(1), chatterd.port, seconds, self._bodies))
+            self._busy.append(self._read(seconds))
         self._answers.update(found.answers)
         chatterd.settle()
         uploads.remove(chatterd.media)
+
+    def _read(self, seconds: int) -> Run:
+        return load.run(Load(1), self._chatterd.port, seconds, self._bodies)
 
     def note(self, outcome: Outcome) -> None:
         """Note the medians of the rounds."""
         idle, busy = (
             statistics.median(run.latency_p99 for run in runs) for runs in (self._idle, self._busy)
         )
+        outcome.runs = {
+            "before": [asdict(run) for run in self._idle],
+            "chatterd": [asdict(run) for run in self._busy],
+        }
         outcome.unit = "ms"
         outcome.figures["chatterd"] = busy
         outcome.stay_within("allowed", 3 * idle, busy)

@@ -104,10 +104,10 @@ def endless_titles(plan: Plan) -> dict[EndlessKind, str]:
 
 MEDIA_TITLES: Final[Mapping[MediaKind, str]] = {
     "memory": "memory per concurrent upload",
+    "beside": "GET /getchatts while 20 uploads of 10 MB run, 99th percentile",
     "upload": "POST /postimages, picture of 9 MB, 4 connections",
     "download": "GET /media, video of 10 MB, 4 connections",
     "over limit": "over-limit upload of 400 MB, chunked",
-    "beside": "GET /getchatts while 20 uploads of 10 MB run, 99th percentile",
 }
 """The titles of what is measured with pictures and videos."""
 
