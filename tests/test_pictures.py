@@ -607,9 +607,9 @@ async def main(path):
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     reader = PictureReader(50_000_000)
-    describing = asyncio.create_task(described(reader, path))
+    reducing = asyncio.create_task(reader.thumbnail(path))
     if sys.argv[3] == "idle":
-        print((await describing)[:2], "PIL" in sys.modules, flush=True)
+        print((await reducing)[:4], "PIL" in sys.modules, flush=True)
     await stopping.wait()
 
 if __name__ == "__main__":
