@@ -302,7 +302,10 @@ class Sweep:
             return []
         if not self._delete:
             return await to_thread.run_sync(self._count, names)
-        return await self.settle(await to_thread.run_sync(self.move, names))
+        # Whoever ends the sweep waits until what has been moved is settled.
+        with anyio.CancelScope(shield=True):
+            gone = await self.settle(await to_thread.run_sync(self.move, names))
+        return gone  # noqa: RET504 - mypy takes the scope for one that swallows errors
 
     def _count(self, names: Sequence[str]) -> list[str]:
         counted = []
@@ -451,19 +454,21 @@ async def swept(
     if first_seconds is None:
         first_seconds = random.uniform(*_FIRST_SECONDS)  # noqa: S311 - no secret
 
+    scope = anyio.CancelScope()
+
     async def sweep_again_and_again() -> None:
-        await asyncio.sleep(first_seconds)
-        while True:
-            await _sweep_and_log(Sweep(database, root, older_than, delete=True))
-            await asyncio.sleep(interval_seconds)
+        with scope:
+            await asyncio.sleep(first_seconds)
+            while True:
+                await _sweep_and_log(Sweep(database, root, older_than, delete=True))
+                await asyncio.sleep(interval_seconds)
 
     task = asyncio.create_task(sweep_again_and_again())
     try:
         yield
     finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        scope.cancel()  # unlike the task's own cancel(), it heeds shields
+        await task
 
 
 async def _sweep_and_log(sweep: Sweep) -> None:

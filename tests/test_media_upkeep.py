@@ -455,6 +455,7 @@ async def test_two_sweeps_at_once_lose_nothing_that_is_uploaded_again(
     moved_by_one = one.move([key])
     store.store(b"picture")
     moved_by_other = other.move([key])
+    assert len(list(store.swept.iterdir())) == 2
     os.utime(moved_by_other[0].place)
     await sweep(database, store)  # a third, which finds what both have moved
     await one.settle(moved_by_one)
@@ -589,12 +590,11 @@ async def test_twenty_thousand_files_are_looked_at_and_swept_in_bounded_memory(
     try:
         report = await doctor(database, store.root)
         assert counts(report) == {"referenced": 10_000, "orphaned": 10_000, "folders": 2}
-        result = await sweep(database, store)
-        assert counts(result) == {"orphaned": 10_000}
         # What is known of all files would be 20 MB.
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()
+    assert counts(await sweep(database, store)) == {"orphaned": 10_000}
     assert len(list(store.root.glob("*.jpeg"))) == 10_000
 
 
@@ -614,6 +614,16 @@ async def test_a_server_sweeps_again_and_again_and_says_so_only_when_something_w
     assert set(store.tree()) == {".incoming", ".swept", young}
     assert not {first, second} & set(store.tree())
     assert len(caplog.messages) == 2
+
+
+async def test_a_server_that_stops_while_it_sweeps_leaves_nothing_moved_away(
+    store: Store, database: Database
+) -> None:
+    keys = [store.store(b"%d" % number) for number in range(1_000)]
+    async with swept(database, store.root, first_seconds=0):
+        await until(store.swept.exists)
+    assert list(store.swept.iterdir()) == []
+    assert len(set(keys) - set(store.tree())) > 0
 
 
 async def test_a_server_goes_on_sweeping_after_its_database_or_its_folder_were_away(

@@ -129,7 +129,8 @@ async def test_every_constraint_and_index_has_the_name_that_the_convention_gives
     ours |= {index.name for table in Base.metadata.tables.values() for index in table.indexes}
     found = await log.fetch("""
         SELECT conname FROM pg_constraint
-        WHERE conrelid IN ('chatts'::regclass, 'feed'::regclass, 'media'::regclass) AND contype <> 'n'
+        WHERE conrelid IN ('chatts'::regclass, 'feed'::regclass, 'media'::regclass)
+            AND contype <> 'n'
         UNION SELECT relname FROM pg_class JOIN pg_index ON indexrelid = pg_class.oid
         WHERE indrelid IN ('chatts'::regclass, 'feed'::regclass, 'media'::regclass)
     """)
