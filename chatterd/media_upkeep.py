@@ -25,7 +25,7 @@ from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeAlias, TypeVar
 
 import anyio
 from anyio import to_thread
@@ -43,6 +43,7 @@ from chatterd.models import (
 )
 
 T = TypeVar("T")
+_Entries: TypeAlias = Sequence[tuple[str, os.stat_result]]
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +54,9 @@ _THUMBNAIL: Final = ".thumb.webp"
 _INCOMING: Final = ".incoming"
 _SWEPT: Final = ".swept"
 _TEMPORARY: Final = (f"{_INCOMING}/", f"{_SWEPT}/")
-_PAGE: Final = 1_000
-# Of a few files at a time, it is not known for some milliseconds whether they stay.
-_BATCH: Final = 100
+# So many at a time: in memory, read before Ctrl-C is heard, moved away for some milliseconds
+# before it is known whether they stay.
+_PAGE: Final = 200
 _KEYS_LISTED: Final = 100
 
 _OWN: Final = re.compile(
@@ -145,8 +146,8 @@ async def doctor(database: Database, root: Path) -> Report:
     linked: set[tuple[int, int]] = set()
     with closing(_walk(root)) as walk:
         while page := await _page(walk):
-            files = [path for path, status in page if stat.S_ISREG(status.st_mode)]
-            named = await _named(database, files)
+            named = await _named(database, [path for path, _ in page])
+            corrupt = await to_thread.run_sync(_corrupt, root, page)
             for path, status in page:
                 size = status.st_size
                 if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
@@ -157,13 +158,13 @@ async def doctor(database: Database, root: Path) -> Report:
                     report.folders.add(size)
                 elif path.startswith(_TEMPORARY):
                     report.temporary.add(size)
-                elif await to_thread.run_sync(_is_corrupt, root, path, status):
+                elif path in corrupt:
                     report.corrupt.add(size)
-                    _list(report.corrupt_keys, [path])
-                elif path in named:
+                elif path in named and stat.S_ISREG(status.st_mode):
                     report.referenced.add(size)
                 else:
                     report.orphaned.add(size)
+            _list(report.corrupt_keys, corrupt)
     await _find_missing(database, root, report)
     return report
 
@@ -175,18 +176,23 @@ async def _find_missing(database: Database, root: Path, report: Report) -> None:
             page = named_media_after(_PAGE)
             keys = list(await session.scalars(page, {"after": after}))
         missing = await to_thread.run_sync(_without_file, root, keys)
-        # Asked once more: a chatt may have gone meanwhile, a file may just have been put back.
-        async with database.transaction() as session:
-            missing = list(await session.scalars(media_named(), {"keys": missing}))
-        missing = await to_thread.run_sync(_without_file, root, missing)
-        async with database.transaction() as session:
-            size = await session.scalar(media_size(), {"keys": missing})
-        report.missing.bytes += size or 0
-        report.missing.count += len(missing)
-        _list(report.missing_keys, missing)
+        if missing:
+            await _count_missing(database, root, report, missing)
         if len(keys) < _PAGE:
             return
         after = keys[-1]
+
+
+async def _count_missing(database: Database, root: Path, report: Report, keys: list[str]) -> None:
+    # Asked once more: a chatt may have gone meanwhile, a file may just have been put back.
+    async with database.transaction() as session:
+        keys = list(await session.scalars(media_named(), {"keys": keys}))
+    missing = await to_thread.run_sync(_without_file, root, keys)
+    async with database.transaction() as session:
+        size = await session.scalar(media_size(), {"keys": missing})
+    report.missing.count += len(missing)
+    report.missing.bytes += size or 0
+    _list(report.missing_keys, missing)
 
 
 def _list(listed: list[str], keys: Iterable[str]) -> None:
@@ -204,20 +210,28 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _is_corrupt(root: Path, path: str, status: os.stat_result) -> bool:
-    """Tell whether a file is not what its name says; one that has gone is not."""
-    own = _OWN.fullmatch(path)
-    if own is None or own["thumbnail"] or not stat.S_ISREG(status.st_mode):
-        return False
+def _corrupt(root: Path, page: _Entries) -> list[str]:
+    """Return the files of `page` that are not what their names say."""
+    return [
+        path
+        for path, status in page
+        if stat.S_ISREG(status.st_mode)
+        and (own := _OWN.fullmatch(path))
+        and not own["thumbnail"]
+        and not _is_digest(root / path, own["digest"])
+    ]
+
+
+def _is_digest(path: Path, digest: str) -> bool:
     try:
         # Neither a link nor a pipe is waited for, should one have come into its place.
-        descriptor = os.open(root / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor
-            return hashlib.file_digest(file, "sha256").hexdigest() != own["digest"]
-    except FileNotFoundError:
-        return False
-    except OSError:  # a bad disk, or another user's file: nobody is served it
+            return hashlib.file_digest(file, "sha256").hexdigest() == digest
+    except FileNotFoundError:  # it has gone meanwhile
         return True
+    except OSError:  # a bad disk, or another user's file: nobody is served it
+        return False
 
 
 class Moved(NamedTuple):
@@ -254,14 +268,12 @@ class Sweep:
         await to_thread.run_sync(self._sweep_incoming)
         with closing(_walk(self._root)) as walk:
             while page := await _page(walk):
-                candidates = await self.candidates(page)
-                for start in range(0, len(candidates), _BATCH):
-                    gone = await self._remove(candidates[start : start + _BATCH])
-                    await self._remove([f"{name}{_THUMBNAIL}" for name in gone])
+                gone = await self._remove(await self.candidates(page))
+                await self._remove([f"{name}{_THUMBNAIL}" for name in gone])
         await self._sweep_records()
         return self.result
 
-    async def candidates(self, page: Sequence[tuple[str, os.stat_result]]) -> list[str]:
+    async def candidates(self, page: _Entries) -> list[str]:
         """Return which files of `page` are old enough, unnamed, and ours to remove.
 
         A thumbnail whose picture is there is none: it goes after its picture.
@@ -290,7 +302,10 @@ class Sweep:
             return []
         if not self._delete:
             return await to_thread.run_sync(self._count, names)
-        return await self.settle(await to_thread.run_sync(self.move, names))
+        # Whoever ends the sweep waits until what has been moved is settled.
+        with anyio.CancelScope(shield=True):
+            gone = await self.settle(await to_thread.run_sync(self.move, names))
+        return gone  # noqa: RET504 - mypy takes the scope for one that swallows errors
 
     def _count(self, names: Sequence[str]) -> list[str]:
         counted = []
@@ -439,19 +454,21 @@ async def swept(
     if first_seconds is None:
         first_seconds = random.uniform(*_FIRST_SECONDS)  # noqa: S311 - no secret
 
+    scope = anyio.CancelScope()
+
     async def sweep_again_and_again() -> None:
-        await asyncio.sleep(first_seconds)
-        while True:
-            await _sweep_and_log(Sweep(database, root, older_than, delete=True))
-            await asyncio.sleep(interval_seconds)
+        with scope:
+            await asyncio.sleep(first_seconds)
+            while True:
+                await _sweep_and_log(Sweep(database, root, older_than, delete=True))
+                await asyncio.sleep(interval_seconds)
 
     task = asyncio.create_task(sweep_again_and_again())
     try:
         yield
     finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        scope.cancel()  # unlike the task's own cancel(), it heeds shields
+        await task
 
 
 async def _sweep_and_log(sweep: Sweep) -> None:
