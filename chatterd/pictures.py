@@ -6,8 +6,11 @@ import math
 import os
 import resource
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias, TypeVar
 
@@ -136,10 +139,7 @@ _Question: TypeAlias = Callable[[Path, int, int], T | _Refusal]
 
 
 def _limit(memory: int) -> None:
-    """Bound the worker's address space to so many bytes, and put it behind the server.
-
-    May be called again.
-    """
+    """Bound the worker's address space to so many bytes. May be called again."""
     # The server's signals reach its whole process group, and a request under way may finish.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
@@ -149,7 +149,6 @@ def _limit(memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(ValueError):  # there is a lower limit already, or macOS, which knows none
         resource.setrlimit(resource.RLIMIT_AS, (memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    os.setpriority(os.PRIO_PROCESS, 0, 10)
     # When memory runs out all the same, Linux is to kill the worker rather than the server.
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -165,8 +164,20 @@ def _measured(path: Path, max_pixels: int, seconds: int) -> Size | _Refusal:
 def _reduced(path: Path, max_pixels: int, seconds: int) -> bytes | _Refusal:
     from chatterd import thumbnails  # noqa: PLC0415 - brings Pillow, which is the worker's alone
 
-    with _life_of(seconds), path.open("rb") as file:
-        return _looked_at(lambda: thumbnails.reduced(file, max_pixels), max_pixels)
+    with (
+        _life_of(seconds),
+        path.open("rb") as file,
+        # Of its own, since a thread that has stepped back cannot come forward again: sizes are
+        # waited for.
+        ThreadPoolExecutor(1, initializer=_step_back) as thread,
+    ):
+        look = partial(thumbnails.reduced, file, max_pixels)
+        return thread.submit(_looked_at, look, max_pixels).result()
+
+
+def _step_back() -> None:
+    """Let the server and what else runs go first."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # on Linux, of the thread
 
 
 @contextmanager
