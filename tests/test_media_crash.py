@@ -25,6 +25,7 @@ from tests.conftest import dsn
 from tests.multipart import DEADLINE_SECONDS, connect, encode, fields, form_type, image, kept, video
 from tests.process import environment
 from tests.samples import longer_jpeg, longer_mp4
+from tests.test_media_upkeep import du
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -155,7 +156,4 @@ async def all_is_right(psql: Connection, url: str, media: Path) -> None:
         await database.aclose()
     states = (report.temporary, report.orphaned, report.corrupt, report.missing)
     assert [state.count for state in states] == [0, 0, 0, 0], report
-    sizes = await asyncio.to_thread(
-        subprocess.check_output, ["du", "--apparent-size", "--bytes", "--summarize", str(media)]
-    )
-    assert report.total == int(sizes.split()[0])
+    assert report.total == await asyncio.to_thread(du, media)
