@@ -98,9 +98,10 @@ def _start(stack: ExitStack, folder: Path, bin_dir: Path | None, options: Sequen
     settings.append(f"unix_socket_directories={sockets}")
     log = _open_log(folder)
     stack.callback(os.close, log)
+    begin = os.fstat(log).st_size  # before it starts: it may have said all it has to say soon
     server = spawn([binaries / "postgres", "-D", data, *_flags(settings)], account, log)
     stack.callback(_stop, server)
-    _wait_until_ready(server, data, sockets, log)
+    _wait_until_ready(server, data, sockets, log, begin)
     return _url(sockets)
 
 
@@ -250,13 +251,15 @@ def _open(path: Path, flags: int) -> int:
     return descriptor
 
 
-def _wait_until_ready(server: subprocess.Popen[bytes], data: Path, sockets: Path, log: int) -> None:
-    start = os.fstat(log).st_size
+def _wait_until_ready(
+    server: subprocess.Popen[bytes], data: Path, sockets: Path, log: int, begin: int
+) -> None:
+    """Wait until PostgreSQL takes connections; `begin` is where its part of the log begins."""
     deadline = time.monotonic() + READY_SECONDS
     while not _accepts(data, sockets):
         with suppress(subprocess.TimeoutExpired):
             server.wait(timeout=0.01)
-            said = os.pread(log, LOG_MAX_BYTES, start).decode(errors="replace")
+            said = os.pread(log, LOG_MAX_BYTES, begin).decode(errors="replace")
             raise EmbeddedPostgresError(
                 f"PostgreSQL ended while starting in {data}: {complaint_in(said)}"
             )
