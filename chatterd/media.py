@@ -193,7 +193,7 @@ class MediaStore:
 
         None for what is no picture. Raises `Problem` 503 when too many are being made.
         """
-        picture = self.path(key)
+        picture = None if key.endswith(THUMBNAIL_SUFFIX) else self.path(key)
         if picture is None or not media_type_of(picture).startswith("image/"):
             return None
         path = _thumbnail_path(picture)
@@ -224,16 +224,24 @@ class MediaStore:
             logger.error("A thumbnail cannot be made: %r", error)
 
     async def _make_thumbnail(self, key: str) -> None:
-        path = self.root / key
+        picture = self.root / key
         try:
-            data = await self._reducing.thumbnail(path)
+            data = await self._reducing.thumbnail(picture)
+        except FileNotFoundError:  # it has just been removed
+            return
         except Problem as problem:
             if problem.code == "too-many-uploads":
                 raise
             data = b""  # what cannot be decoded is not tried again
         place = self.incoming / uuid.uuid4().hex
         await to_thread.run_sync(self._write, place, data)
-        await to_thread.run_sync(self._move, [(place, _thumbnail_path(path))])
+        await to_thread.run_sync(self._move_thumbnail, place, picture)
+
+    def _move_thumbnail(self, place: Path, picture: Path) -> None:
+        thumbnail = _thumbnail_path(picture)
+        self._move([(place, thumbnail)])
+        if not picture.exists():  # it was removed meanwhile, and its thumbnail was not there yet
+            thumbnail.unlink(missing_ok=True)
 
     def _write(self, path: Path, data: bytes) -> None:
         with self.room.taken(len(data)), path.open("xb") as file:

@@ -177,7 +177,8 @@ def _reduced(path: Path, max_pixels: int, seconds: int) -> bytes | _Refusal:
 
 def _step_back() -> None:
     """Let the server and what else runs go first."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # on Linux, of the thread
+    with suppress(OSError):  # only on Linux has a thread a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 @contextmanager

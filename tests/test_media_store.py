@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import os
+import zlib
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -18,12 +20,13 @@ from tests.multipart import (
     files,
     form_type,
     image,
+    kept,
     problem,
     stored_bytes,
     until,
     video,
 )
-from tests.samples import JPEG, MP4, VIDEOS, longer_jpeg, longer_mp4
+from tests.samples import JPEG, MP4, PNG, VIDEOS, longer_jpeg, longer_mp4
 
 if TYPE_CHECKING:
     from tests.multipart import Connection, Part, Server, StartServer
@@ -68,7 +71,7 @@ async def test_the_same_bytes_are_one_file_under_their_digest(
         assert key_of(url).partition(".")[0] == digest
         assert answer.headers["etag"] == f'"{digest[:32]}"'
     picture, movie = map(key_of, first[4:])
-    assert files(server.media) == sorted([picture, picture + THUMBNAIL, movie])
+    assert kept(server.media).keys() == {picture, movie}
 
 
 async def test_bytes_that_differ_in_metadata_alone_are_one_file(
@@ -77,7 +80,7 @@ async def test_bytes_that_differ_in_metadata_alone_are_one_file(
     comment = JPEG[:2] + b"\xff\xfe\x00\x09at home" + JPEG[2:]
     for data in (JPEG, comment):
         assert (await post(client, image(data))).content == b"{}"
-    assert len(files(server.media)) == 2  # with the thumbnail
+    assert len(kept(server.media)) == 1
 
 
 async def test_what_is_known_of_a_file_is_in_the_table(
@@ -127,6 +130,38 @@ async def test_a_thumbnail_is_served_behind_the_pictures_address(
 async def test_a_video_has_no_thumbnail(client: httpx2.AsyncClient) -> None:
     assert (await post(client, video(MP4))).content == b"{}"
     problem(await client.get((await newest_urls(client))[1] + "?thumb"), 404)
+
+
+async def test_a_thumbnail_has_no_thumbnail(server: Server, client: httpx2.AsyncClient) -> None:
+    assert (await post(client, image(JPEG))).content == b"{}"
+    url = (await newest_urls(client))[0]
+    assert (await client.get(url + "?thumb")).status_code == 200
+    assert (await client.get(url + THUMBNAIL)).status_code == 200
+    problem(await client.get(url + THUMBNAIL + "?thumb"), 404)
+    assert len(files(server.media)) == 2
+
+
+async def test_a_missing_thumbnail_is_made_when_somebody_asks_for_it(
+    server: Server, client: httpx2.AsyncClient
+) -> None:
+    adopted = server.media / "ann.png"
+    Image.new("RGB", (1000, 10), (9, 9, 200)).save(adopted)
+    answers = await asyncio.gather(*[client.get("/media/ann.png?thumb") for _ in range(5)])
+    assert len({answer.content for answer in answers}) == 1
+    assert Image.open(io.BytesIO(answers[0].content)).size == (512, 5)
+    assert files(server.media) == ["ann.png", "ann.png" + THUMBNAIL]
+
+
+async def test_what_cannot_be_decoded_has_no_thumbnail(client: httpx2.AsyncClient) -> None:
+    start = PNG.index(b"IDAT")
+    length = int.from_bytes(PNG[start - 4 : start])
+    pixels = b"IDAT" + bytes(length)
+    broken = PNG[:start] + pixels + zlib.crc32(pixels).to_bytes(4) + PNG[start + length + 8 :]
+    assert (await post(client, image(broken))).content == b"{}"
+    url = (await newest_urls(client))[0]
+    assert (await client.get(url)).content == broken
+    for _ in range(2):
+        problem(await client.get(url + "?thumb"), 404)
 
 
 async def test_the_etag_of_an_adopted_file_is_that_of_its_bytes(
