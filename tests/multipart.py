@@ -148,8 +148,8 @@ def files(folder: Path) -> list[str]:
 
 
 def kept(folder: Path) -> dict[str, int]:
-    """The files below this folder with their sizes, but for the thumbnails of pictures."""
-    names = [name for name in files(folder) if not name.endswith(".thumb.webp")]
+    """The files that were uploaded and kept, with their sizes; thumbnails come when they come."""
+    names = [name for name in files(folder) if not name.endswith(".thumb.webp") and name[0] != "."]
     return {name: (folder / name).stat().st_size for name in names}
 
 

@@ -13,9 +13,9 @@ from tests.multipart import (
     connect,
     encode,
     fields,
-    files,
     form_type,
     image,
+    kept,
     problem,
     video,
 )
@@ -87,7 +87,7 @@ async def test_the_etag_is_of_the_bytes_and_not_of_the_files_date(
     server: Server, client: httpx2.AsyncClient, stored: Stored
 ) -> None:
     # A restored backup, or another node's copy, has another date.
-    (name,) = files(server.media)
+    (name,) = kept(server.media)
     os.utime(server.media / name, (0, 0))
     assert (await client.get(stored.path)).headers["etag"] == stored.etag
 
