@@ -32,6 +32,8 @@ Slot = Literal["image", "video"]
 SLOTS: Final[tuple[Slot, ...]] = ("image", "video")
 SNIFF_SIZE: Final = 512
 """As many bytes of a file's beginning as `sniff` wants to see."""
+INCOMING: Final = ".incoming"
+"""The folder, below the media folder, of what is arriving."""
 THUMBNAIL_SUFFIX: Final = ".thumb.webp"
 """What a thumbnail's file is called behind the picture's key. An empty one: there is none."""
 _KEY: Final = re.compile(r"([0-9a-f]{64})\.[a-z0-9]+")
@@ -127,7 +129,7 @@ class MediaStore:
         self.root = root
         # In the same file system, so that a finished file is moved without copying; hidden, so
         # that no key reaches it.
-        self.incoming = root / ".incoming"
+        self.incoming = root / INCOMING
         self.room = Room(root, settings.MEDIA_TOTAL_SIZE, settings.MEDIA_FREE_FLOOR)
         self._database = database
         # A picture that is long in being decoded holds up no upload.
@@ -184,9 +186,7 @@ class MediaStore:
 
     def path(self, key: str) -> Path | None:
         """Return where the file of `key` would be; None for what is no key."""
-        # Keys of adopted databases were made elsewhere, so any plain file name is one.
-        is_key = not key.startswith(".") and not re.search(r"[/\\\0-\x1f]", key)
-        return self.root / key if is_key else None
+        return self.root / key if is_key(key) else None
 
     async def thumbnail_path(self, key: str) -> Path | None:
         """Return where the thumbnail of the picture `key` is, which is made now if it was not.
@@ -253,7 +253,13 @@ class MediaStore:
         for source, target in moves:
             # Also over a file with the same bytes: its date tells the sweep that it is in use.
             source.replace(target)
-        _sync_folder(self.root)
+        sync_folder(self.root)
+
+
+def is_key(name: str) -> bool:
+    """Tell whether a file of this name is served."""
+    # Keys of adopted databases were made elsewhere, so any plain file name is one.
+    return name != "" and not name.startswith(".") and not re.search(r"[/\\\0-\x1f]", name)
 
 
 def digest_of_key(key: str) -> str | None:
@@ -271,7 +277,7 @@ def _thumbnail_path(path: Path) -> Path:
     return path.with_name(path.name + THUMBNAIL_SUFFIX)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make names in `folder` durable, as fsync does a file's contents."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -33,6 +33,7 @@ from anyio import to_thread
 from chatterd import settings
 from chatterd.database import Database, SchemaError
 from chatterd.errors import DatabaseUnavailable
+from chatterd.media import INCOMING, THUMBNAIL_SUFFIX, is_key, sync_folder
 from chatterd.models import (
     delete_stale_media,
     media_is_whole,
@@ -50,10 +51,8 @@ logger = logging.getLogger(__name__)
 OLDER_THAN_SECONDS: Final = 3600
 """No upload takes as long: what is older and not named by then will not be."""
 
-_THUMBNAIL: Final = ".thumb.webp"
-_INCOMING: Final = ".incoming"
 _SWEPT: Final = ".swept"
-_TEMPORARY: Final = (f"{_INCOMING}/", f"{_SWEPT}/")
+_TEMPORARY: Final = (f"{INCOMING}/", f"{_SWEPT}/")
 # So many at a time: in memory, read before Ctrl-C is heard, moved away for some milliseconds
 # before it is known whether they stay.
 _PAGE: Final = 200
@@ -61,7 +60,7 @@ _KEYS_LISTED: Final = 100
 
 _OWN: Final = re.compile(
     rf"(?P<key>(?P<digest>[0-9a-f]{{64}})\.(jpeg|png|gif|webp|heic|heif|mp4|mov|webm))"
-    rf"(?P<thumbnail>{re.escape(_THUMBNAIL)})?"
+    rf"(?P<thumbnail>{re.escape(THUMBNAIL_SUFFIX)})?"
 )
 # Each sweep moves a file to a name of its own: what one has moved, no other overwrites.
 _MOVED: Final = re.compile(rf"(?P<name>{_OWN.pattern})(\.[0-9a-f]{{32}})?")
@@ -200,7 +199,7 @@ def _list(listed: list[str], keys: Iterable[str]) -> None:
 
 
 def _without_file(root: Path, keys: Sequence[str]) -> list[str]:
-    return [key for key in keys if not (_is_key(key) and _is_file(root / key))]
+    return [key for key in keys if not (_can_be_named(key) and _is_file(root / key))]
 
 
 def _is_file(path: Path) -> bool:
@@ -269,7 +268,7 @@ class Sweep:
         with closing(_walk(self._root)) as walk:
             while page := await _page(walk):
                 gone = await self._remove(await self.candidates(page))
-                await self._remove([f"{name}{_THUMBNAIL}" for name in gone])
+                await self._remove([f"{name}{THUMBNAIL_SUFFIX}" for name in gone])
         await self._sweep_records()
         return self.result
 
@@ -357,8 +356,8 @@ class Sweep:
         return gone
 
     def _has_picture(self, name: str) -> bool:
-        return name.endswith(_THUMBNAIL) and os.path.lexists(
-            self._root / name.removesuffix(_THUMBNAIL)
+        return name.endswith(THUMBNAIL_SUFFIX) and os.path.lexists(
+            self._root / name.removesuffix(THUMBNAIL_SUFFIX)
         )
 
     def _put_back(self, moved: Sequence[Moved]) -> None:
@@ -369,7 +368,7 @@ class Sweep:
             # Gone: another sweep has put it back.
             with suppress(FileExistsError, FileNotFoundError):
                 (self._root / name).hardlink_to(place)
-        _sync_folder(self._root)
+        sync_folder(self._root)
         for _, place in moved:
             place.unlink(missing_ok=True)
 
@@ -397,7 +396,7 @@ class Sweep:
             self._put_back(back)
 
     def _sweep_incoming(self) -> None:
-        with closing(_files(self._root / _INCOMING)) as files:
+        with closing(_files(self._root / INCOMING)) as files:
             for path, status in files:
                 self._remove_temporary(path, status)
 
@@ -499,8 +498,8 @@ async def _named(database: Database, paths: Collection[str]) -> set[str]:
 
     Raises `DatabaseUnavailable`.
     """
-    pictures = {path: path.removesuffix(_THUMBNAIL) for path in paths}
-    keys = list(filter(_is_key, {*pictures, *pictures.values()}))
+    pictures = {path: path.removesuffix(THUMBNAIL_SUFFIX) for path in paths}
+    keys = list(filter(_can_be_named, {*pictures, *pictures.values()}))
     async with database.transaction() as session:
         if not await session.scalar(media_is_whole()):
             raise SchemaError("It is being restored: chatts has no index yet, or feed no row.")
@@ -508,9 +507,9 @@ async def _named(database: Database, paths: Collection[str]) -> set[str]:
     return {path for path, picture in pictures.items() if path in named or picture in named}
 
 
-def _is_key(path: str) -> bool:
-    """Tell whether a file of this name is served: adopted chatts may name anything."""
-    if not path or path.startswith(".") or re.search(r"[/\\\0-\x1f]", path):
+def _can_be_named(path: str) -> bool:
+    """Tell whether a chatt can name a file of this name, and the file be served."""
+    if not is_key(path):
         return False
     try:
         path.encode()
@@ -550,12 +549,3 @@ def _entries(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
         for entry in entries:
             with suppress(FileNotFoundError):
                 yield entry.name, entry.stat(follow_symlinks=False)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
