@@ -19,7 +19,7 @@ from chatterd import __version__
 
 if TYPE_CHECKING:
     from chatterd.database import Database
-    from chatterd.media_upkeep import Tally
+    from chatterd.media_folder import Tally
 
 T = TypeVar("T")
 
@@ -61,6 +61,10 @@ The total is everything but the missing, as du counts apparent sizes.
 """
 
 
+class MediaError(Exception):
+    """The media folder cannot be read or written. The message is for the operator."""
+
+
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     pass
 
@@ -81,7 +85,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from chatterd.database import SchemaError, StatementError  # noqa: PLC0415
     from chatterd.embedded_home import EmbeddedPostgresError  # noqa: PLC0415
     from chatterd.lifespan import StartError  # noqa: PLC0415
-    from chatterd.media_upkeep import MediaError  # noqa: PLC0415
 
     database_errors = (SchemaError, StatementError, EmbeddedPostgresError, CommandError)
     try:
@@ -233,7 +236,7 @@ def _migrate(_options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from chatterd.media_upkeep import doctor  # noqa: PLC0415 - see main
+    from chatterd.media_doctor import doctor  # noqa: PLC0415 - see main
 
     report = _with_media(doctor)
     if options.json:
@@ -251,7 +254,7 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from chatterd.media_upkeep import Sweep  # noqa: PLC0415 - see main
+    from chatterd.media_sweep import Sweep  # noqa: PLC0415 - see main
 
     result = _with_media(
         lambda database, root: Sweep(
@@ -281,7 +284,6 @@ def _with_media(work: "Callable[[Database, Path], Coroutine[Any, Any, T]]") -> T
     """
     from chatterd import database, settings  # noqa: PLC0415 - see main
     from chatterd.errors import DatabaseUnavailable  # noqa: PLC0415 - see main
-    from chatterd.media_upkeep import MediaError  # noqa: PLC0415 - see main
 
     # What it logs is about requests; a command says it in its own words.
     logging.getLogger(database.__name__).setLevel(logging.CRITICAL)

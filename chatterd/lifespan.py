@@ -14,7 +14,7 @@ from chatterd import settings
 from chatterd.database import Database
 from chatterd.feed import Feed
 from chatterd.media import MediaStore
-from chatterd.media_upkeep import swept
+from chatterd.media_sweep import swept
 from chatterd.writer import Writer
 
 logger = logging.getLogger(__name__)

@@ -1,15 +1,14 @@
 """What tests share: a real PostgreSQL, and real `chatterd serve` processes on it."""
 
+from __future__ import annotations
+
 import asyncio
 import os
-import shutil
 import signal
-import tempfile
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import TypeAlias
+from collections.abc import Callable
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, TypeAlias
 
 import asyncpg
 import httpx2
@@ -19,7 +18,14 @@ from sqlalchemy.engine import URL, make_url
 from chatterd.database import migrate
 from chatterd.embedded import postgres
 from tests.ollama import FakeOllama
-from tests.process import Server
+from tests.process import Server, open_folder
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+    from tests import multipart
+    from tests.multipart import Connection
 
 StartServer: TypeAlias = Callable[..., Server]
 
@@ -42,14 +48,10 @@ def postgres_url() -> Iterator[URL]:
     if given := os.environ.get("TEST_DATABASE_URL"):
         yield make_url(given).set(drivername="postgresql+asyncpg")
         return
-    folder = Path(tempfile.mkdtemp(prefix="chatterd-test-"))
-    folder.chmod(0o755)  # when the tests run as root, PostgreSQL does not
-    try:
-        # Nothing here has to survive a power cut; what must survive a kill has its own cluster.
-        with postgres(folder, options=["fsync=off", "max_connections=200"]) as url:
-            yield make_url(url)
-    finally:
-        shutil.rmtree(folder)
+    # Nothing here has to survive a power cut; what must survive a kill has its own cluster.
+    options = ["fsync=off", "max_connections=200"]
+    with open_folder() as folder, postgres(folder, options=options) as url:
+        yield make_url(url)
 
 
 @pytest.fixture
@@ -58,9 +60,30 @@ def empty_database(postgres_url: URL) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture
+def own_database(postgres_url: URL) -> Iterator[str]:
+    """A database at head for one test alone."""
+    with database_at_head(postgres_url) as url:
+        yield url
+
+
+@pytest.fixture
+async def psql(own_database: str) -> AsyncIterator[Connection]:
+    """Another program's connection to `own_database`."""
+    async with connected(own_database) as connection:
+        yield connection
+
+
 @pytest.fixture(scope="session")
 def database_url(postgres_url: URL) -> Iterator[str]:
     """A database at head that tests share."""
+    with database_at_head(postgres_url) as url:
+        yield url
+
+
+@contextmanager
+def database_at_head(postgres_url: URL) -> Iterator[str]:
+    """Make a database with our tables; remove it."""
     with _new_database(postgres_url) as url:
         migrate(make_url(url))
         yield url
@@ -71,11 +94,8 @@ def _new_database(postgres_url: URL) -> Iterator[str]:
     name = f"test_{uuid.uuid4().hex}"
 
     async def run(statement: str) -> None:
-        connection = await asyncpg.connect(dsn(postgres_url))
-        try:
+        async with connected(postgres_url) as connection:
             await connection.execute(statement)
-        finally:
-            await connection.close()
 
     asyncio.run(run(f"CREATE DATABASE {name}"))
     try:
@@ -89,14 +109,25 @@ def dsn(url: URL | str) -> str:
     return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
 
 
-@pytest.fixture
-async def database(database_url: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
-    """A connection to the shared database."""
-    connection = await asyncpg.connect(dsn(database_url))
+@asynccontextmanager
+async def connected(url: URL | str) -> AsyncIterator[Connection]:
+    """Connect as another program does."""
+    connection = await asyncpg.connect(dsn(url))
     try:
         yield connection
     finally:
         await connection.close()
+
+
+def client_of(server: multipart.Server) -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(base_url=server.url, timeout=60)
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[Connection]:
+    """A connection to the shared database."""
+    async with connected(database_url) as connection:
+        yield connection
 
 
 @pytest.fixture(scope="session")
@@ -132,13 +163,11 @@ def start_server(database_url: str, tmp_path: Path) -> Iterator[StartServer]:
 
 
 @pytest.fixture
-async def client(
-    server: Server, database: "asyncpg.Connection[asyncpg.Record]"
-) -> AsyncIterator[httpx2.AsyncClient]:
+async def client(server: Server, database: Connection) -> AsyncIterator[httpx2.AsyncClient]:
     """A client of the shared server, with no chatts and no files there."""
     await database.execute("TRUNCATE chatts")
     for path in server.media.iterdir():
         if path.is_file():
             path.unlink()
-    async with httpx2.AsyncClient(base_url=server.url, timeout=30) as client:
+    async with client_of(server) as client:
         yield client

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # What Alamofire, the HTTP client of most iOS Chatters, writes.
 BOUNDARY = "alamofire.boundary.0f1e2d3c4b5a6978"
 DEADLINE_SECONDS = 20
+THUMBNAIL = ".thumb.webp"
+"""What the name of a thumbnail's file has behind the picture's."""
 
 
 class Server(Protocol):
@@ -149,7 +151,7 @@ def files(folder: Path) -> list[str]:
 
 def kept(folder: Path) -> dict[str, int]:
     """The files that were uploaded and kept, with their sizes; thumbnails come when they come."""
-    names = [name for name in files(folder) if not name.endswith(".thumb.webp") and name[0] != "."]
+    names = [name for name in files(folder) if not name.endswith(THUMBNAIL) and name[0] != "."]
     return {name: (folder / name).stat().st_size for name in names}
 
 

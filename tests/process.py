@@ -1,13 +1,17 @@
-"""Real `chatterd` processes, as the tests start them."""
+"""Real processes: those of `chatterd`, as the tests start them, and those of PostgreSQL."""
 
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+import psutil
 
 ROOT = Path(__file__).parent.parent
 STOP_SECONDS = 20
@@ -52,6 +56,37 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.01)
+
+
+@contextmanager
+def open_folder() -> Iterator[Path]:
+    """Make a folder that others may enter; remove it, and what a failed test left running in it.
+
+    PostgreSQL works in it also when root runs the tests, whose tmp_path is closed to its account.
+    """
+    with tempfile.TemporaryDirectory(prefix="chatterd-test-") as name:
+        folder = Path(name).resolve()
+        folder.chmod(0o755)
+        try:
+            yield folder
+        finally:
+            for process in running(folder):
+                process.kill()
+
+
+def running(folder: Path) -> list[psutil.Process]:
+    """Find the programs of PostgreSQL that work in the folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = [process.cwd(), *process.cmdline()]
+            if process.name() in {"postgres", "initdb"} and any(
+                word.startswith(str(folder)) for word in words
+            ):
+                found.append(process)
+        except psutil.Error:
+            continue  # Gone meanwhile, or another user's.
+    return found
 
 
 class Server:

@@ -4,13 +4,16 @@ import re
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import asyncpg
 import pytest
 from sqlalchemy.engine import URL
 
-from tests.conftest import dsn
+from tests.conftest import connected
 from tests.process import assert_refused, run
+
+if TYPE_CHECKING:
+    from tests.multipart import Connection
 
 OPTIONS = {
     (): {"--help", "--version", "serve", "migrate", "media"},
@@ -23,12 +26,9 @@ OPTIONS = {
 
 
 @pytest.fixture
-async def db(empty_database: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
-    connection = await asyncpg.connect(dsn(empty_database))
-    try:
+async def db(empty_database: str) -> AsyncIterator["Connection"]:
+    async with connected(empty_database) as connection:
         yield connection
-    finally:
-        await connection.close()
 
 
 @pytest.mark.parametrize("command", OPTIONS, ids=lambda command: " ".join(command) or "chatterd")
@@ -106,7 +106,7 @@ def test_migrate_makes_the_schema_and_a_second_time_changes_nothing(
 
 
 async def test_migrate_adopts_a_tutorials_table_and_prints_each_repair(
-    tmp_path: Path, empty_database: str, db: "asyncpg.Connection[asyncpg.Record]"
+    tmp_path: Path, empty_database: str, db: "Connection"
 ) -> None:
     await db.execute("CREATE TABLE chatts (username text, message text, id uuid, time timestamptz)")
     await db.execute("INSERT INTO chatts VALUES ('ann', 'kept', gen_random_uuid(), now())")
@@ -123,7 +123,7 @@ async def test_migrate_adopts_a_tutorials_table_and_prints_each_repair(
 
 
 async def test_migrate_refuses_a_table_with_columns_of_its_own_and_leaves_it_alone(
-    tmp_path: Path, empty_database: str, db: "asyncpg.Connection[asyncpg.Record]"
+    tmp_path: Path, empty_database: str, db: "Connection"
 ) -> None:
     await db.execute(
         "CREATE TABLE chatts (username text, message text, id uuid, time date, likes int)"

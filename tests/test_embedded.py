@@ -6,9 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,9 +17,10 @@ import pytest
 from chatterd import embedded, embedded_home
 from chatterd.embedded import postgres
 from chatterd.embedded_home import EmbeddedPostgresError, find_binaries
+from tests.conftest import connected, dsn
+from tests.process import DEADLINE_SECONDS, open_folder, running, wait_until
 
 FAST = ["fsync=off"]
-WAIT_SECONDS = 20
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux stops a child with us")
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root changes users")
 NOT_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
@@ -46,7 +45,6 @@ asyncio.run(main())
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    # Not tmp_path: root's is closed to the account that PostgreSQL runs as.
     with open_folder() as made:
         yield made
 
@@ -161,7 +159,7 @@ def test_nothing_runs_on_after_a_kill(kept: Path) -> None:
 def test_a_postmaster_without_a_server_is_stopped_and_its_rows_are_there(kept: Path) -> None:
     with orphan(kept) as process:
         with postgres(kept, options=FAST) as url:
-            assert process.wait(WAIT_SECONDS) == 0
+            assert process.wait(DEADLINE_SECONDS) == 0
             assert postmaster(kept) != process.pid
             assert_kept(url)
         assert running(kept) == []
@@ -360,19 +358,6 @@ def test_binaries_closed_to_others_are_copied_once(
 
 
 @contextmanager
-def open_folder() -> Iterator[Path]:
-    """Make a folder that others may enter; remove it, and what a failed test left running in it."""
-    with tempfile.TemporaryDirectory(prefix="embedded-") as name:
-        folder = Path(name).resolve()
-        folder.chmod(0o755)
-        try:
-            yield folder
-        finally:
-            for process in running(folder):
-                process.kill()
-
-
-@contextmanager
 def server(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Run a cluster under a process of its own; yield that process and the URL."""
     with subprocess.Popen(
@@ -432,42 +417,13 @@ def postmaster(folder: Path) -> int:
     return int((folder / "postgres" / "postmaster.pid").read_text().splitlines()[0])
 
 
-def running(folder: Path) -> list[psutil.Process]:
-    """Find the programs of PostgreSQL that work in the folder."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            words = [process.cwd(), *process.cmdline()]
-            if process.name() in {"postgres", "initdb"} and any(
-                word.startswith(str(folder)) for word in words
-            ):
-                found.append(process)
-        except psutil.Error:
-            continue  # Gone meanwhile, or another user's.
-    return found
-
-
 def assert_kept(url: str) -> None:
     assert query(url, "SELECT * FROM kept") == [("this row",)]
 
 
 def query(url: str, statement: str, *values: object) -> list[tuple[object, ...]]:
     async def run() -> list[tuple[object, ...]]:
-        connection = await asyncpg.connect(dsn(url))
-        try:
+        async with connected(url) as connection:
             return [tuple(row) for row in await connection.fetch(statement, *values)]
-        finally:
-            await connection.close()
 
     return asyncio.run(run())
-
-
-def dsn(url: str) -> str:
-    return url.replace("+asyncpg", "")
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)

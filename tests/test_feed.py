@@ -15,7 +15,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import tracemalloc
 import uuid
 from collections import Counter
@@ -25,7 +24,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote, urlsplit
 
 import anyio
-import asyncpg
 import h11
 import httpx2
 import psutil
@@ -35,9 +33,9 @@ from sqlalchemy.engine import make_url
 from chatterd.blocks import Snapshot
 from chatterd.database import Database, migrate
 from chatterd.feed import Feed
-from tests.conftest import dsn
+from tests.conftest import client_of, connected, dsn
 from tests.multipart import Answer, Wire, connect
-from tests.process import DEADLINE_SECONDS, Server, environment
+from tests.process import DEADLINE_SECONDS, Server, environment, open_folder
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -81,29 +79,6 @@ class Form(NamedTuple):
 
 
 FORMS = [Form(path, encoding) for path in ROUTES for encoding in ("identity", "gzip")]
-
-
-@pytest.fixture
-def own_database(empty_database: str) -> str:
-    """A database at head for one test alone."""
-    migrate(make_url(empty_database))
-    return empty_database
-
-
-@pytest.fixture
-async def psql(own_database: str) -> AsyncIterator[Connection]:
-    """Another program's connection to `own_database`."""
-    connection = await asyncpg.connect(dsn(own_database))
-    try:
-        yield connection
-    finally:
-        await connection.close()
-
-
-@asynccontextmanager
-async def client_of(server: Server) -> AsyncIterator[httpx2.AsyncClient]:
-    async with httpx2.AsyncClient(base_url=server.url, timeout=60) as client:
-        yield client
 
 
 async def expected(db: Connection, path: str, base: str) -> bytes:
@@ -535,14 +510,11 @@ async def test_a_database_dropped_and_made_again_is_the_feed_at_once(
     async with client_of(start_server(DATABASE_URL=own_database)) as client:
         await post(client, "of the first database")
         assert len((await client.get("/getchatts")).json()) == 1
-        admin = await asyncpg.connect(dsn(postgres_url))
-        try:
+        async with connected(postgres_url) as admin:
             await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
             for path in ROUTES:
                 assert (await client.get(path)).status_code == 503
             await admin.execute(f"CREATE DATABASE {name}")
-        finally:
-            await admin.close()
         for path in ROUTES:  # it is there, and has no tables yet
             assert (await client.get(path)).status_code == 503
         await asyncio.to_thread(migrate, make_url(own_database))
@@ -872,16 +844,14 @@ class Cluster:
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="chatterd-test-"))
-    folder.chmod(0o755)  # when the tests run as root, PostgreSQL does not
-    cluster = Cluster(folder)
-    try:
-        cluster.start()
-        migrate(make_url(cluster.url))
-        yield cluster
-    finally:
-        cluster.stop()
-        shutil.rmtree(folder)
+    with open_folder() as folder:
+        cluster = Cluster(folder)
+        try:
+            cluster.start()
+            migrate(make_url(cluster.url))
+            yield cluster
+        finally:
+            cluster.stop()
 
 
 class Chats:

@@ -7,13 +7,15 @@ import re
 import uuid
 from typing import TYPE_CHECKING
 
-import httpx2
 import pytest
 
+from tests.conftest import client_of
 from tests.multipart import encode, fields, form_type, image, problem, video
 from tests.samples import JPEG, MP4
 
 if TYPE_CHECKING:
+    import httpx2
+
     from tests.multipart import Connection, Server, StartServer
 
 SLASHES = ["/getimages", "/getimages/"]
@@ -120,7 +122,7 @@ async def test_the_public_url_is_used_whatever_the_host(
 ) -> None:
     await database.execute("TRUNCATE chatts")
     server = start_server(PUBLIC_URL="https://chatter.example")
-    async with httpx2.AsyncClient(base_url=server.url) as client:
+    async with client_of(server) as client:
         await post_both(client)
         for headers in ({}, {"Host": "evil.example"}):
             (row,) = (await client.get("/getimages", headers=headers)).json()
@@ -136,7 +138,7 @@ async def test_a_host_that_is_not_allowed_is_refused(
 ) -> None:
     await database.execute("TRUNCATE chatts")
     server = start_server(ALLOWED_HOSTS="chatter.example")
-    async with httpx2.AsyncClient(base_url=server.url) as client:
+    async with client_of(server) as client:
         problem(await client.get(path, headers={"Host": host}), 400)
         posted = await client.post(
             "/postchatt", json={"name": "ann", "message": "hi"}, headers={"Host": host}
@@ -150,7 +152,7 @@ async def test_an_allowed_host_is_answered_with_urls_of_its_own(
 ) -> None:
     await database.execute("TRUNCATE chatts")
     server = start_server(ALLOWED_HOSTS="chatter.example")
-    async with httpx2.AsyncClient(base_url=server.url) as client:
+    async with client_of(server) as client:
         await post_both(client, Host="chatter.example")
         for host in ("chatter.example", "chatter.example:8443", "Chatter.Example"):
             (row,) = (await client.get("/getimages", headers={"Host": host})).json()

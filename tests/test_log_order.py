@@ -6,7 +6,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from tests.test_migrations import connect, migrate
+from tests.conftest import connected, dsn
 
 WRITERS, ROWS_EACH = 8, 1000
 
@@ -17,7 +17,7 @@ async def follow_while_writing(url: str) -> tuple[list[int], set[int]]:
     done = asyncio.Event()
 
     async def write(writer: int) -> None:
-        async with connect(url) as db:
+        async with connected(url) as db:
             for row in range(ROWS_EACH):
                 async with db.transaction():
                     await db.execute(
@@ -28,7 +28,7 @@ async def follow_while_writing(url: str) -> tuple[list[int], set[int]]:
                         await db.execute("SELECT")
 
     async def follow() -> None:
-        async with connect(url) as db:
+        async with connected(url) as db:
             last_round = False
             while not last_round:
                 last_round = done.is_set()
@@ -43,26 +43,23 @@ async def follow_while_writing(url: str) -> tuple[list[int], set[int]]:
     finally:
         done.set()
         await following
-    async with connect(url) as db:
+    async with connected(url) as db:
         return seen, {seq for (seq,) in await db.fetch("SELECT seq FROM chatts")} - set(seen)
 
 
 async def test_a_follower_of_eight_writers_sees_every_row_once_in_order(
-    empty_database: str,
+    own_database: str,
 ) -> None:
-    await migrate(empty_database)
-    seen, missed = await follow_while_writing(empty_database)
+    seen, missed = await follow_while_writing(own_database)
     assert missed == set()
     assert len(seen) == WRITERS * ROWS_EACH
     assert all(earlier < later for earlier, later in pairwise(seen))
 
 
 async def test_concurrent_inserts_are_all_there_once_and_time_has_the_order_of_seq(
-    empty_database: str,
+    own_database: str,
 ) -> None:
-    await migrate(empty_database)
-    url = empty_database.replace("+asyncpg", "")
-    async with asyncpg.create_pool(url, min_size=16, max_size=16) as pool:
+    async with asyncpg.create_pool(dsn(own_database), min_size=16, max_size=16) as pool:
         insert = "INSERT INTO chatts (name, message) VALUES ('n', $1) RETURNING seq"
         given = await asyncio.gather(*(pool.fetchval(insert, str(n)) for n in range(64)))
         rows = await pool.fetch("SELECT seq, message FROM chatts ORDER BY time, seq")
@@ -88,10 +85,9 @@ INSERT = "INSERT INTO chatts (name, message) "
     ids=["values", "unnest", "with", "copy"],
 )
 async def test_time_is_taken_when_it_is_the_writers_turn(
-    empty_database: str, write: Callable[[Any], Awaitable[object]]
+    own_database: str, write: Callable[[Any], Awaitable[object]]
 ) -> None:
-    await migrate(empty_database)
-    async with connect(empty_database) as first, connect(empty_database) as second:
+    async with connected(own_database) as first, connected(own_database) as second:
         turn = first.transaction()
         await turn.start()
         await first.execute(INSERT + "VALUES ('first', '')")

@@ -15,17 +15,16 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
-import asyncpg
 import pytest
 from sqlalchemy.engine import make_url
 
-from chatterd.database import Database, migrate
-from chatterd.media_upkeep import Sweep, doctor
-from tests.conftest import dsn
+from chatterd.database import Database
+from chatterd.media_doctor import doctor
+from chatterd.media_sweep import Sweep
+from tests.media_folder import du
 from tests.multipart import DEADLINE_SECONDS, connect, encode, fields, form_type, image, kept, video
 from tests.process import environment
 from tests.samples import longer_jpeg, longer_mp4
-from tests.test_media_upkeep import du
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -94,10 +93,8 @@ def media_of(number: int) -> tuple[bytes, bytes]:
 
 @pytest.mark.timeout(300)
 async def test_a_killed_server_leaves_whole_chatts_or_nothing_after_the_sweep(
-    empty_database: str, tmp_path: Path
+    own_database: str, psql: Connection, tmp_path: Path
 ) -> None:
-    await asyncio.to_thread(migrate, make_url(empty_database))
-    psql = await asyncpg.connect(dsn(empty_database))
     chance = random.Random(SEED)  # noqa: S311 - no secret
     media = tmp_path / "media"
     media.mkdir()
@@ -121,24 +118,21 @@ async def test_a_killed_server_leaves_whole_chatts_or_nothing_after_the_sweep(
                 assert (answer.status_code, answer.content) == (200, b"{}")
                 answered.add(str(number))
 
-    settings = {"DATABASE_URL": empty_database, "MEDIA_ROOT": str(media)}
-    try:
-        with forking_servers(tmp_path, **settings) as start:
-            longest = math.inf  # the first ones are waited for
-            for _ in range(KILLS):
-                server = await asyncio.to_thread(start)
-                begun = time.monotonic()
-                with anyio.move_on_after(chance.random() * longest):
-                    async with anyio.create_task_group() as group:
-                        for _ in range(UPLOADS_AT_ONCE):
-                            group.start_soon(upload, server.url)
-                if longest == math.inf:
-                    longest = LONGEST * (time.monotonic() - begun)
-                os.kill(server.pid, signal.SIGKILL)
-                await all_is_right(psql, empty_database, media)
-        stored = await psql.fetch("SELECT message, image, video FROM chatts")
-    finally:
-        await psql.close()
+    settings = {"DATABASE_URL": own_database, "MEDIA_ROOT": str(media)}
+    with forking_servers(tmp_path, **settings) as start:
+        longest = math.inf  # the first ones are waited for
+        for _ in range(KILLS):
+            server = await asyncio.to_thread(start)
+            begun = time.monotonic()
+            with anyio.move_on_after(chance.random() * longest):
+                async with anyio.create_task_group() as group:
+                    for _ in range(UPLOADS_AT_ONCE):
+                        group.start_soon(upload, server.url)
+            if longest == math.inf:
+                longest = LONGEST * (time.monotonic() - begun)
+            os.kill(server.pid, signal.SIGKILL)
+            await all_is_right(psql, own_database, media)
+    stored = await psql.fetch("SELECT message, image, video FROM chatts")
     assert answered <= {row["message"] for row in stored}
     assert 0 < len(stored) < KILLS * UPLOADS_AT_ONCE
     for row in stored:

@@ -10,10 +10,11 @@ import zlib
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import httpx2
 from PIL import Image
 
+from tests.conftest import client_of
 from tests.multipart import (
+    THUMBNAIL,
     connect,
     encode,
     fields,
@@ -29,9 +30,9 @@ from tests.multipart import (
 from tests.samples import JPEG, MP4, PNG, VIDEOS, longer_jpeg, longer_mp4
 
 if TYPE_CHECKING:
-    from tests.multipart import Connection, Part, Server, StartServer
+    import httpx2
 
-THUMBNAIL = ".thumb.webp"
+    from tests.multipart import Connection, Part, Server, StartServer
 
 
 async def post(client: httpx2.AsyncClient, *parts: Part) -> httpx2.Response:
@@ -52,10 +53,6 @@ def photo(width: int, height: int) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (width, height), (200, 30, 30)).save(file, "JPEG")
     return file.getvalue()
-
-
-def client_of(server: Server) -> httpx2.AsyncClient:
-    return httpx2.AsyncClient(base_url=server.url, timeout=30)
 
 
 async def test_the_same_bytes_are_one_file_under_their_digest(

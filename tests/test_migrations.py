@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,11 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from chatterd.models import Base, Chatt, feed_page
 from tests.check_migrations import alembic_config
+from tests.conftest import connected
 
 ROOT = Path(__file__).parent.parent
 TUTORIAL = "username text, message text, id uuid, time timestamptz"
 A, B, C = (UUID(int=number) for number in (1, 2, 3))
-
-
-@asynccontextmanager
-async def connect(url: str) -> AsyncIterator[asyncpg.Connection]:
-    connection = await asyncpg.connect(url.replace("+asyncpg", ""))
-    try:
-        yield connection
-    finally:
-        await connection.close()
 
 
 async def migrate(url: str, revision: str = "head") -> list[str]:
@@ -67,20 +58,8 @@ async def tutorial(db: asyncpg.Connection, columns: str, rows: list[tuple[Any, .
 
 
 @pytest.fixture
-async def migrated_database(empty_database: str) -> str:
-    await migrate(empty_database)
-    return empty_database
-
-
-@pytest.fixture
 async def db(empty_database: str) -> AsyncIterator[asyncpg.Connection]:
-    async with connect(empty_database) as connection:
-        yield connection
-
-
-@pytest.fixture
-async def log(migrated_database: str) -> AsyncIterator[asyncpg.Connection]:
-    async with connect(migrated_database) as connection:
+    async with connected(empty_database) as connection:
         yield connection
 
 
@@ -118,16 +97,16 @@ async def test_the_alembic_command_says_in_one_line_why_it_adopts_nothing(
     assert "Traceback" not in done.stdout + done.stderr
 
 
-async def test_models_and_migrations_agree(migrated_database: str) -> None:
-    await asyncio.to_thread(command.check, alembic_config(migrated_database, io.StringIO()))
+async def test_models_and_migrations_agree(own_database: str) -> None:
+    await asyncio.to_thread(command.check, alembic_config(own_database, io.StringIO()))
 
 
 async def test_every_constraint_and_index_has_the_name_that_the_convention_gives(
-    log: asyncpg.Connection,
+    psql: asyncpg.Connection,
 ) -> None:
     ours = {constraint.name for t in Base.metadata.tables.values() for constraint in t.constraints}
     ours |= {index.name for table in Base.metadata.tables.values() for index in table.indexes}
-    found = await log.fetch("""
+    found = await psql.fetch("""
         SELECT conname FROM pg_constraint
         WHERE conrelid IN ('chatts'::regclass, 'feed'::regclass, 'media'::regclass)
             AND contype <> 'n'
@@ -160,8 +139,8 @@ async def test_the_sql_of_offline_mode_builds_a_fresh_database(
     assert await what_is_there(db) == []
 
 
-async def test_a_feed_page_begins_behind_its_keyset(migrated_database: str) -> None:
-    engine = create_async_engine(migrated_database)
+async def test_a_feed_page_begins_behind_its_keyset(own_database: str) -> None:
+    engine = create_async_engine(own_database)
     async with AsyncSession(engine) as session:
         time = datetime(2026, 1, 1, tzinfo=UTC)
         session.add_all(Chatt(name="n", message=str(number), time=time) for number in range(5))
@@ -172,8 +151,8 @@ async def test_a_feed_page_begins_behind_its_keyset(migrated_database: str) -> N
     await engine.dispose()
 
 
-async def test_the_orm_follows_a_chatt_through_its_numbers(migrated_database: str) -> None:
-    engine = create_async_engine(migrated_database)
+async def test_the_orm_follows_a_chatt_through_its_numbers(own_database: str) -> None:
+    engine = create_async_engine(own_database)
     async with AsyncSession(engine, expire_on_commit=False) as session:
         chatt = Chatt(name="ann", message="hi")
         session.add(chatt)
@@ -193,42 +172,42 @@ async def test_the_orm_follows_a_chatt_through_its_numbers(migrated_database: st
 
 
 async def test_a_downgrade_without_chatts_leaves_nothing(
-    migrated_database: str, log: asyncpg.Connection
+    own_database: str, psql: asyncpg.Connection
 ) -> None:
-    await migrate(migrated_database, "base")
-    assert await what_is_there(log) == []
+    await migrate(own_database, "base")
+    assert await what_is_there(psql) == []
 
 
 async def test_a_downgrade_leaves_a_tutorials_table_and_the_upgrade_adopts_every_row(
-    migrated_database: str, log: asyncpg.Connection
+    own_database: str, psql: asyncpg.Connection
 ) -> None:
     key = "a%41?#日本 .jpg"
-    await log.execute(
+    await psql.execute(
         "INSERT INTO chatts (name, message, time, image)"
         " SELECT 'n', g::text, timestamptz '2026-01-01 00:00Z' + g / 3 * interval '1 s', $1"
         " FROM generate_series(1, 1000) AS g".replace("$1", f"'{key}'")
     )
     # Equal times whose order on disk is not their order in the feed.
-    await log.execute("UPDATE chatts SET video = 'v.mp4' WHERE seq % 5 = 0")
-    await log.execute("VACUUM chatts")
-    await log.execute("UPDATE chatts SET video = 'w.mp4' WHERE seq % 7 = 0")
+    await psql.execute("UPDATE chatts SET video = 'v.mp4' WHERE seq % 5 = 0")
+    await psql.execute("VACUUM chatts")
+    await psql.execute("UPDATE chatts SET video = 'w.mp4' WHERE seq % 7 = 0")
     feed = "SELECT id, name, message, time, image, video FROM chatts ORDER BY time, seq"
-    before = await log.fetch(feed)
+    before = await psql.fetch(feed)
 
-    await migrate(migrated_database, "base")
-    assert await what_is_there(log) == ["chatts"]
-    columns = await log.fetch(
+    await migrate(own_database, "base")
+    assert await what_is_there(psql) == ["chatts"]
+    columns = await psql.fetch(
         "SELECT attname FROM pg_attribute WHERE attrelid = 'chatts'::regclass"
         " AND attnum > 0 AND NOT attisdropped ORDER BY attnum"
     )
     names = ["name", "message", "id", "time", "imageurl", "videourl"]
     assert [name for (name,) in columns] == names
-    assert await log.fetchval("SELECT DISTINCT imageurl FROM chatts") == (
+    assert await psql.fetchval("SELECT DISTINCT imageurl FROM chatts") == (
         "/media/a%2541%3F%23日本 .jpg"
     )
 
-    assert await migrate(migrated_database) == ["chatts: adopted 1000 rows, 0 repaired"]
-    assert await log.fetch(feed) == before
+    assert await migrate(own_database) == ["chatts: adopted 1000 rows, 0 repaired"]
+    assert await psql.fetch(feed) == before
 
 
 # Adoption
@@ -482,7 +461,7 @@ async def test_a_table_in_use_is_not_waited_for_long(
     empty_database: str, db: asyncpg.Connection
 ) -> None:
     await tutorial(db, TUTORIAL, [("ann", "hi", A, datetime.now(UTC))])
-    async with connect(empty_database) as other, other.transaction():
+    async with connected(empty_database) as other, other.transaction():
         await other.execute("SELECT FROM chatts")
         with pytest.raises(Exception, match="lock timeout"):
             await migrate(empty_database)
@@ -513,12 +492,12 @@ INSERT = "INSERT INTO chatts (name, message) SELECT 'n', 'm' FROM generate_serie
 
 
 async def test_insert_and_update_give_new_numbers_whatever_the_statement_says(
-    log: asyncpg.Connection,
+    psql: asyncpg.Connection,
 ) -> None:
-    await log.execute(INSERT)
-    await log.execute("INSERT INTO chatts (seq, name, message) VALUES (1, 'n', 'm')")
-    await log.execute("UPDATE chatts SET seq = 2, message = 'new' WHERE seq = 1")
-    rows = await log.fetch("SELECT seq, message FROM chatts ORDER BY seq")
+    await psql.execute(INSERT)
+    await psql.execute("INSERT INTO chatts (seq, name, message) VALUES (1, 'n', 'm')")
+    await psql.execute("UPDATE chatts SET seq = 2, message = 'new' WHERE seq = 1")
+    rows = await psql.fetch("SELECT seq, message FROM chatts ORDER BY seq")
     assert [tuple(row) for row in rows] == [(2, "m"), (3, "m"), (4, "m"), (5, "new")]
 
 
@@ -533,27 +512,25 @@ async def test_insert_and_update_give_new_numbers_whatever_the_statement_says(
     ],
 )
 async def test_the_epoch_changes_when_rows_are_removed(
-    log: asyncpg.Connection,
+    psql: asyncpg.Connection,
     sql: str,
     changes: bool,  # noqa: FBT001 a column of the table above
 ) -> None:
-    await log.execute(INSERT)
-    before = await log.fetchval("SELECT epoch FROM feed")
-    await log.execute(sql)
-    assert (await log.fetchval("SELECT epoch FROM feed") != before) is changes
+    await psql.execute(INSERT)
+    before = await psql.fetchval("SELECT epoch FROM feed")
+    await psql.execute(sql)
+    assert (await psql.fetchval("SELECT epoch FROM feed") != before) is changes
 
 
 @pytest.mark.parametrize(
     "sql", [INSERT, "UPDATE chatts SET name = 'x'", "DELETE FROM chatts", "TRUNCATE chatts"]
 )
-async def test_every_change_notifies(
-    migrated_database: str, log: asyncpg.Connection, sql: str
-) -> None:
-    await log.execute(INSERT)
+async def test_every_change_notifies(own_database: str, psql: asyncpg.Connection, sql: str) -> None:
+    await psql.execute(INSERT)
     heard: asyncio.Queue[object] = asyncio.Queue()
-    async with connect(migrated_database) as listener, asyncio.timeout(10):
+    async with connected(own_database) as listener, asyncio.timeout(10):
         await listener.add_listener("chatts", lambda *event: heard.put_nowait(event[2:]))
-        await log.execute(sql)
+        await psql.execute(sql)
         assert await heard.get() == ("chatts", "")
 
 
@@ -561,25 +538,25 @@ async def test_every_change_notifies(
     "time", ["infinity", "-infinity", "10000-01-01 00:00Z", "0001-12-31 23:59Z BC", None]
 )
 async def test_a_time_that_rfc_3339_cannot_say_is_refused(
-    log: asyncpg.Connection, time: str | None
+    psql: asyncpg.Connection, time: str | None
 ) -> None:
     literal = "NULL" if time is None else f"'{time}'"
     with pytest.raises(asyncpg.IntegrityConstraintViolationError):
-        await log.execute(f"INSERT INTO chatts (name, message, time) VALUES ('n', 'm', {literal})")
+        await psql.execute(f"INSERT INTO chatts (name, message, time) VALUES ('n', 'm', {literal})")
 
 
-async def test_the_first_and_the_last_time_can_be_stored(log: asyncpg.Connection) -> None:
+async def test_the_first_and_the_last_time_can_be_stored(psql: asyncpg.Connection) -> None:
     # As literals: asyncpg sends datetime's own bounds as infinity.
-    await log.execute(
+    await psql.execute(
         "INSERT INTO chatts (name, message, time)"
         " VALUES ('n', 'm', '0001-01-01 00:00Z'), ('n', 'm', '9999-12-31 23:59:59.999999Z')"
     )
-    rows = await log.fetch("SELECT time FROM chatts ORDER BY time")
+    rows = await psql.fetch("SELECT time FROM chatts ORDER BY time")
     bounds = [datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)]
     assert [time for (time,) in rows] == bounds
 
 
-async def test_feed_keeps_one_row(log: asyncpg.Connection) -> None:
+async def test_feed_keeps_one_row(psql: asyncpg.Connection) -> None:
     for value in ("true", "false"):
         with pytest.raises(asyncpg.IntegrityConstraintViolationError):
-            await log.execute(f"INSERT INTO feed (singleton) VALUES ({value})")
+            await psql.execute(f"INSERT INTO feed (singleton) VALUES ({value})")

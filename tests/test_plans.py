@@ -11,12 +11,11 @@ import json
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
-import asyncpg
 import pytest
 from sqlalchemy import func, select
 from sqlalchemy.engine import make_url
 
-from chatterd.database import Database, Line, Statement, migrate
+from chatterd.database import Database, Line, Statement
 from chatterd.models import (
     feed_changes,
     feed_newest,
@@ -25,8 +24,7 @@ from chatterd.models import (
     feed_page_before,
     place_of,
 )
-from tests.conftest import _new_database, dsn
-from tests.test_feed import own_database, psql
+from tests.conftest import connected, database_at_head
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ClauseElement
     from sqlalchemy.engine import URL
 
-__all__ = ["own_database", "psql"]  # fixtures
+    from tests.multipart import Connection
 
 ROWS = 100_000
 SIZE = 2**20
@@ -51,12 +49,10 @@ class Place(NamedTuple):
 @pytest.fixture(scope="module")
 def table(postgres_url: URL) -> Iterator[str]:
     """A database with many rows, a few of them at equal times, as autovacuum would leave it."""
-    with _new_database(postgres_url) as url:
-        migrate(make_url(url))
+    with database_at_head(postgres_url) as url:
 
         async def fill() -> None:
-            db = await asyncpg.connect(dsn(url))
-            try:
+            async with connected(url) as db:
                 await db.execute(f"""
                     INSERT INTO chatts (name, message, time)
                     SELECT 'ann', repeat('x', number % 100), '2026-01-01'::timestamptz
@@ -64,8 +60,6 @@ def table(postgres_url: URL) -> Iterator[str]:
                     FROM generate_series(1, {ROWS}) AS number
                 """)
                 await db.execute("VACUUM ANALYZE chatts")
-            finally:
-                await db.close()
 
         asyncio.run(fill())
         yield url
@@ -106,8 +100,7 @@ def nodes(plan: dict[str, object]) -> Iterator[dict[str, object]]:
 async def test_a_read_follows_an_index_and_sorts_nothing(
     table: str, name: str, plan_cache_mode: str, where: float
 ) -> None:
-    db = await asyncpg.connect(dsn(table))
-    try:
+    async with connected(table) as db:
         await db.execute(f"SET plan_cache_mode = {plan_cache_mode}")
         place = await db.fetchrow(
             "SELECT time, seq, id FROM chatts ORDER BY time, seq OFFSET $1 LIMIT 1",
@@ -118,8 +111,6 @@ async def test_a_read_follows_an_index_and_sorts_nothing(
         statement = Statement(select)
         arguments = statement.arguments(values)
         explained = await db.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement.sql}", *arguments)
-    finally:
-        await db.close()
     (document,) = json.loads(explained)
     used = list(nodes(document["Plan"]))
     kinds = {str(node["Node Type"]) for node in used}
@@ -136,7 +127,7 @@ async def test_a_read_follows_an_index_and_sorts_nothing(
 
 
 async def test_a_plan_made_for_a_small_table_serves_a_large_one(
-    own_database: str, psql: asyncpg.Connection[asyncpg.Record]
+    own_database: str, psql: Connection
 ) -> None:
     """A process keeps its plans, and nothing but ANALYZE tells them that a table has grown."""
     database = Database(make_url(own_database))

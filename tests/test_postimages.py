@@ -9,6 +9,7 @@ import anyio
 import httpx2
 import pytest
 
+from tests.conftest import client_of
 from tests.multipart import (
     BOUNDARY,
     DEADLINE_SECONDS,
@@ -507,7 +508,7 @@ async def test_the_limit_is_for_each_file_and_not_for_both(
 async def test_a_smaller_limit_is_honoured(start_server: StartServer, database: Connection) -> None:
     await database.execute("TRUNCATE chatts")
     server = start_server(MEDIA_MAX_SIZE="2000")
-    async with httpx2.AsyncClient(base_url=server.url) as client:
+    async with client_of(server) as client:
         assert (await post(client, *fields(), image(longer_jpeg(2000)))).content == b"{}"
         problem(await post(client, *fields(), image(longer_jpeg(2001))), 413)
     assert await database.fetchval("SELECT count(*) FROM chatts") == 1

@@ -26,11 +26,18 @@ from sqlalchemy.engine import make_url
 from chatterd import __version__
 from chatterd.database import migrate
 from chatterd.embedded import postgres
-from tests.conftest import dsn
+from tests.conftest import client_of, connected
 from tests.multipart import connect, encode, fields, files, form_type, image, kept, until
-from tests.process import Server, assert_refused, environment, run, wait_until
+from tests.process import (
+    Server,
+    assert_refused,
+    environment,
+    open_folder,
+    run,
+    running,
+    wait_until,
+)
 from tests.samples import JPEG
-from tests.test_embedded import open_folder, running
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -77,18 +84,12 @@ class Cluster:
                     process.resume()
 
     async def messages(self) -> list[str]:
-        connection = await asyncpg.connect(dsn(self.url))
-        try:
+        async with connected(self.url) as connection:
             return [row[0] for row in await connection.fetch("SELECT message FROM chatts")]
-        finally:
-            await connection.close()
 
     async def execute(self, statement: str) -> None:
-        connection = await asyncpg.connect(dsn(self.url))
-        try:
+        async with connected(self.url) as connection:
             await connection.execute(statement)
-        finally:
-            await connection.close()
 
 
 @pytest.fixture(scope="module")
@@ -214,11 +215,10 @@ async def test_a_wrong_password_is_refused_and_not_repeated(
 
 async def asks_for_a_password(url: str) -> bool:
     try:
-        connection = await asyncpg.connect(dsn(url))
+        async with connected(url):
+            return False
     except asyncpg.InvalidPasswordError:
         return True
-    await connection.close()
-    return False
 
 
 def test_a_port_in_use_is_refused(tmp_path: Path, database_url: str) -> None:
@@ -643,7 +643,7 @@ async def test_a_database_that_hangs_is_given_up_after_its_timeout(
     # Two seconds, so that waiting twice is seen.
     server = start_server(DATABASE_URL=cluster.url, DATABASE_TIMEOUT="2")
     chatt = {"name": "ann", "message": "hi"}
-    async with httpx2.AsyncClient(base_url=server.url, timeout=30) as client:
+    async with client_of(server) as client:
         with cluster.hanging():
             # One of them has the connection of the start, the others have to make theirs.
             assert_unavailable(await answers(server.url, server.media), seconds=3)
@@ -661,7 +661,7 @@ async def test_a_server_stops_in_time_while_its_database_hangs(
     cluster: Cluster, start_server: StartServer
 ) -> None:
     server = start_server(DATABASE_URL=cluster.url)
-    async with httpx2.AsyncClient(base_url=server.url, timeout=30) as client:
+    async with client_of(server) as client:
         assert (await client.get("/getchatts")).status_code == 200
         with cluster.hanging():
             get = asyncio.create_task(client.get("/getchatts"))
@@ -743,7 +743,7 @@ async def test_the_log_holds_nothing_that_people_wrote_and_no_password(
         json.dumps(marked) + " " * 70000,
     ]
     form = encode(*fields(marker, marker), image(JPEG))
-    async with httpx2.AsyncClient(base_url=server.url, timeout=30) as client:
+    async with client_of(server) as client:
 
         async def post_all() -> list[int]:
             statuses = [

@@ -14,20 +14,19 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import anyio
-import asyncpg
 import pytest
 from sqlalchemy.engine import make_url
 
 from chatterd.database import Database
 from chatterd.errors import DatabaseUnavailable, Problem
-from chatterd.media_upkeep import Sweep
+from chatterd.media_sweep import Sweep
 from chatterd.schemas import Draft
 from chatterd.writer import Writer
-from tests.conftest import dsn
+from tests.conftest import client_of, connected
 from tests.multipart import connect, encode, fields, files, form_type, image
 from tests.process import DEADLINE_SECONDS
 from tests.samples import JPEG
-from tests.test_feed import client_of, draft, own_database, psql, request
+from tests.test_feed import draft, request
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Iterable
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
     from tests.conftest import StartServer
     from tests.multipart import Connection
     from tests.process import Server
-
-__all__ = ["own_database", "psql"]  # fixtures
 
 QUEUE_LIMIT = 10_000
 
@@ -70,14 +67,10 @@ class Log:
 @asynccontextmanager
 async def held_log(url: str) -> AsyncIterator[Log]:
     """Hold the log until it is released, and at the end in any case."""
-    holder, watcher = await asyncpg.connect(dsn(url)), await asyncpg.connect(dsn(url))
-    try:
+    async with connected(url) as holder, connected(url) as watcher:
         log = Log(holder, watcher)
         await log.hold()
         yield log
-    finally:
-        await holder.close()
-        await watcher.close()
 
 
 async def stored(db: Connection) -> Counter[str]:
