@@ -9,11 +9,12 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, TypeVar
 
 from anyio import to_thread
 
@@ -26,6 +27,8 @@ from chatterd.pictures import PictureReader
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 Slot = Literal["image", "video"]
 """The two places for media in a chatt."""
 
@@ -36,6 +39,8 @@ INCOMING: Final = ".incoming"
 """The folder, below the media folder, of what is arriving."""
 THUMBNAIL_SUFFIX: Final = ".thumb.webp"
 """What a thumbnail's file is called behind the picture's key. An empty one: there is none."""
+# For what arrives. More would wait for each other, and the requests beside them for all.
+_THREADS: Final = 2
 _KEY: Final = re.compile(r"([0-9a-f]{64})\.[a-z0-9]+")
 
 
@@ -131,6 +136,8 @@ class MediaStore:
         # that no key reaches it.
         self.incoming = root / INCOMING
         self.room = Room(root, settings.MEDIA_TOTAL_SIZE, settings.MEDIA_FREE_FLOOR)
+        # anyio's threads take three times as long to ask, which is much for each part of a file.
+        self._threads = ThreadPoolExecutor(_THREADS, "arriving media")
         self._database = database
         # A picture that is long in being decoded holds up no upload.
         self._measuring = PictureReader(settings.MEDIA_MAX_PIXELS)
@@ -177,12 +184,21 @@ class MediaStore:
             )
         if rows:
             async with self._database.transaction() as session:
-                await session.execute(upsert_media(rows))
+                await session.execute(upsert_media(), rows)
             moves = [(upload.path, self.root / keys[slot]) for slot, upload in uploads.items()]
             await to_thread.run_sync(self._move, moves)
         if "image" in keys:
             self._begin_thumbnail(keys["image"])
         return keys
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Do work on a file that arrives, also to its end when this is cancelled."""
+        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait([future])
+            raise
 
     def path(self, key: str) -> Path | None:
         """Return where the file of `key` would be; None for what is no key."""
@@ -209,6 +225,7 @@ class MediaStore:
         for task in self._thumbnails.values():
             task.cancel()
         await asyncio.gather(*self._thumbnails.values(), return_exceptions=True)
+        self._threads.shutdown(wait=False)
 
     def _begin_thumbnail(self, key: str) -> "asyncio.Task[None]":
         task = self._thumbnails.get(key)

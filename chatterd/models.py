@@ -1,6 +1,5 @@
 """The tables, and the `Select`s that read them."""
 
-from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -256,12 +255,9 @@ def insert_chatts() -> Insert:
     return insert(Chatt).from_select(columns, select(rows), include_defaults=False)
 
 
-def upsert_media(files: Sequence[Mapping[str, object]]) -> Insert:
+def upsert_media() -> Insert:
     """Insert what is known of stored files; of those that are there, note that they are used."""
-    statement = postgresql.insert(Media).values(
-        [{"width": None, "height": None, **file} for file in files]
-    )
-    return statement.on_conflict_do_update(
+    return postgresql.insert(Media).on_conflict_do_update(
         index_elements=[Media.key], set_={"stored": func.clock_timestamp()}
     )
 

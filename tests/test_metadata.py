@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from chatterd import media
-from chatterd.metadata import Edit, Source, Uncleanable, clean, edits
+from chatterd.metadata import Edit, Source, Uncleanable, clean, clean_beginning, edits
 from tests import metadata_parts as parts
 from tests.metadata_corpus import (
     MEDIA_TYPES,
@@ -147,6 +147,24 @@ def test_the_smallest_files_can_be_cleaned(sample: Sample) -> None:
         assert cleaned(result, media_type) == result
 
 
+def test_cleaning_tells_whether_the_file_was_changed(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for data in (JPEG, JPEG + TRAILER, JPEG[:2] + parts.segment(0xFE, parts.SECRET) + JPEG[2:]):
+        path.write_bytes(data)
+        assert clean(path, "image/jpeg") is (data != JPEG)
+        assert path.read_bytes() == JPEG
+
+
+def test_a_beginning_loses_what_tells_of_people_before_the_rest_is_there(corpus: Corpus) -> None:
+    lost = 0
+    for path in corpus.planted:
+        data = path.read_bytes()
+        begun = clean_beginning(data[:-20], MEDIA_TYPES[path.suffix]) + data[-20:]
+        assert cleaned(begun, MEDIA_TYPES[path.suffix]) == corpus.of(path).read_bytes(), path.name
+        lost += len(begun) < len(data)
+    assert lost > 10
+
+
 def test_a_file_that_cannot_be_cleaned_is_not_changed(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(JPEG[:-2])
@@ -173,7 +191,7 @@ def test_no_copy_is_left_when_the_disk_refuses(tmp_path: Path) -> None:
 
 def test_another_file_beside_it_is_left_alone(tmp_path: Path) -> None:
     path, other = tmp_path / "file", tmp_path / "file.clean"
-    path.write_bytes(JPEG + TRAILER)
+    path.write_bytes(JPEG[:2] + parts.segment(0xFE, parts.SECRET) + JPEG[2:])
     other.write_bytes(b"other")
     with pytest.raises(FileExistsError):
         clean(path, "image/jpeg")

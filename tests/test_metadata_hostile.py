@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chatterd.metadata import Source, Uncleanable, edits
+from chatterd.metadata import Source, Uncleanable, clean_beginning, edits
 from tests import metadata_parts as parts
 from tests.metadata_corpus import PROFILE, exif, picture
 from tests.samples import GIF, HEIC, JPEG, MP4, PNG, QUICKTIME, WEBM, WEBP
@@ -27,6 +27,7 @@ WALKERS: Final = (
 )
 DRAWN: Final = 1_000
 MUTATED: Final = 9_000
+BEGUN: Final = 3_000
 # What headers and lengths are made of.
 TELLING: Final = (
     *(b"\0", b"\1", b"\x7f", b"\x80", b"\xff", b"\xff\xd8", b"\xff\xd9", b"\xff\xda", b"\xff\xe1"),
@@ -58,14 +59,19 @@ def _encoded(name: str, **options: object) -> bytes:
     return file.getvalue()
 
 
+def result(data: bytes, media_type: str) -> bytes | None:
+    """The cleaned file; None when it is refused."""
+    try:
+        return parts.applied(data, edits(Source(data), media_type))
+    except Uncleanable:
+        return None
+
+
 def is_cleaned(data: bytes, media_type: str) -> bool:
     """Clean the file, and check that it is clean then; False when it is refused."""
-    try:
-        changes = edits(Source(data), media_type)
-    except Uncleanable:
-        return False
-    assert edits(Source(parts.applied(data, changes)), media_type) == []
-    return True
+    clean = result(data, media_type)
+    assert clean is None or edits(Source(clean), media_type) == []
+    return clean is not None
 
 
 def changed(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
@@ -73,6 +79,19 @@ def changed(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
         start = position % (len(data) + 1)
         data = data[:start] + replacement + data[start + count :]
     return data
+
+
+def mutated(media_type: str, numbers: random.Random) -> bytes:
+    seed = numbers.choice(seeds(media_type))
+    changes = [
+        (
+            numbers.randrange(len(seed)),
+            numbers.choice((0, 1, 1, 1, 2, 4, 8, len(seed))),
+            numbers.choice(TELLING) if numbers.random() < 0.5 else numbers.randbytes(1),
+        )
+        for _ in range(numbers.choice((1, 1, 2, 4)))
+    ]
+    return changed(seed, changes)
 
 
 @pytest.mark.parametrize("media_type", WALKERS)
@@ -96,18 +115,21 @@ def test_a_mutated_file_is_cleaned_or_refused(media_type: str) -> None:
     numbers = random.Random(media_type)  # noqa: S311 - the same files in every run
     cleaned = 0
     for _ in range(MUTATED):
-        seed = numbers.choice(seeds(media_type))
-        changes = [
-            (
-                numbers.randrange(len(seed)),
-                numbers.choice((0, 1, 1, 1, 2, 4, 8, len(seed))),
-                numbers.choice(TELLING) if numbers.random() < 0.5 else numbers.randbytes(1),
-            )
-            for _ in range(numbers.choice((1, 1, 2, 4)))
-        ]
-        cleaned += is_cleaned(changed(seed, changes), media_type)
+        cleaned += is_cleaned(mutated(media_type, numbers), media_type)
     # Neither is everything refused nor does everything pass.
     assert MUTATED // 20 < cleaned < MUTATED * 19 // 20
+
+
+@pytest.mark.parametrize("media_type", WALKERS)
+def test_a_mutated_file_whose_beginning_was_cleaned_becomes_what_the_whole_becomes(
+    media_type: str,
+) -> None:
+    numbers = random.Random(media_type)  # noqa: S311 - the same files in every run
+    for _ in range(BEGUN):
+        data = mutated(media_type, numbers)
+        cut = numbers.randrange(len(data) + 1)
+        begun = clean_beginning(data[:cut], media_type) + data[cut:]
+        assert result(begun, media_type) == result(data, media_type)
 
 
 @pytest.mark.parametrize("media_type", WALKERS)
