@@ -36,6 +36,8 @@ TELLING: Final = (
     *(b"Exif", b"EXIF", b"iCCP", b"eXIf", b"IEND", b"ANMF", b"VP8X", b"!\xff", b"!\xf9\x04"),
     *(b"\x1f\x43\xb6\x75", b"\x1a\x45\xdf\xa3", b"\xec", b"soun", b"mdat", b"stsd"),
 )
+# What follows a segment that goes lies in no scan, though it would without that segment.
+COMMENTED_SCAN: Final = JPEG[:-2] + parts.segment(0xFE, b"ann") + parts.SECRET * 9 + JPEG[-2:]
 
 
 @cache
@@ -43,7 +45,11 @@ def seeds(media_type: str) -> tuple[bytes, ...]:
     """Small files to begin from, with as many kinds of parts as a format has."""
     more = {"save_all": True, "append_images": [picture((8, 8), number=1)]}
     return {
-        "image/jpeg": (JPEG, _encoded("JPEG", exif=exif(6), icc_profile=PROFILE, progressive=True)),
+        "image/jpeg": (
+            JPEG,
+            _encoded("JPEG", exif=exif(6), icc_profile=PROFILE, progressive=True),
+            COMMENTED_SCAN,
+        ),
         "image/png": (PNG, _encoded("PNG", exif=exif(6), icc_profile=PROFILE, **more)),
         "image/gif": (GIF, parts.tagged_gif()),
         "image/webp": (WEBP, _encoded("WEBP", exif=exif(6), xmp=parts.SECRET, **more)),
@@ -130,6 +136,20 @@ def test_a_mutated_file_whose_beginning_was_cleaned_becomes_what_the_whole_becom
         cut = numbers.randrange(len(data) + 1)
         begun = clean_beginning(data[:cut], media_type) + data[cut:]
         assert result(begun, media_type) == result(data, media_type)
+
+
+def test_a_jpeg_file_cut_behind_a_comment_loses_all_that_the_whole_loses() -> None:
+    for cut in range(len(COMMENTED_SCAN) + 1):
+        begun = clean_beginning(COMMENTED_SCAN[:cut], "image/jpeg") + COMMENTED_SCAN[cut:]
+        assert result(begun, "image/jpeg") == JPEG
+
+
+def test_a_beginning_of_very_many_parts_is_cleaned_up_to_one_of_them() -> None:
+    comment = parts.segment(0xFE, b"ann") + parts.SECRET * 20
+    data = JPEG[:-2] + comment * 12_000 + JPEG[-2:]
+    begun = clean_beginning(data[:-60], "image/jpeg") + data[-60:]
+    assert 0 < begun.count(comment) < 12_000
+    assert result(begun, "image/jpeg") == JPEG
 
 
 @pytest.mark.parametrize("media_type", WALKERS)

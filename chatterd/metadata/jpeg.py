@@ -32,12 +32,15 @@ def edits(source: Source) -> Iterator[Edit]:
     if source.read(0, 2) != b"\xff\xd8":
         raise Uncleanable("the JPEG file does not begin as one")
     offset, in_scan = 2, False
+    start, kept = 2, b""  # what stays of the bytes from `start` to the next marker
     while True:
         marker = source.find(_MARKER, offset)
         if marker is None:
             raise Uncleanable("the JPEG file has no end marker")
-        if not in_scan:
-            yield Edit(offset, marker)  # decoders skip what lies between segments
+        if not in_scan and start < marker:
+            # Decoders skip what lies between segments. It goes together with what goes before it:
+            # right behind a scan it would pass for a part of that.
+            yield Edit(start, marker, kept)
         code = source.integer(marker + 1, 1)
         if code == _EOI:
             yield Edit(marker + 2, source.size)
@@ -45,8 +48,9 @@ def edits(source: Source) -> Iterator[Edit]:
         offset = marker + 2 + source.integer(marker + 2, 2)
         if not marker + 4 <= offset <= source.size:
             raise Uncleanable("a segment of the JPEG file has a wrong length")
+        start, kept = offset, b""
         if code not in _DECODING:
-            yield Edit(marker, offset, _application(source, code, marker + 4, offset))
+            start, kept = marker, _application(source, code, marker + 4, offset)
         in_scan = code == _SOS
 
 
