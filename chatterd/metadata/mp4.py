@@ -7,6 +7,7 @@ where and how they were held into tracks of metadata, drones write where they fl
 import sys
 from array import array
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Final, Literal
 
 from chatterd.metadata.isobmff import (
@@ -50,7 +51,10 @@ def _remove_track(source: Source, track: Box) -> Iterator[Edit]:
     if any(top.kind == b"moof" for top in tops):
         raise Uncleanable("the file has a track in fragments that is neither picture nor sound")
     media_data = [top for top in tops if top.kind == b"mdat"]
-    for start, stop in _chunks(source, track):
+    chunks = sorted(_chunks(source, track))
+    if any(first[1] > second[0] for first, second in pairwise(chunks)):
+        raise Uncleanable("the file has a track whose samples overlap")
+    for start, stop in chunks:
         if not is_within(start, stop, media_data):
             raise Uncleanable("the file has a track whose data are elsewhere")
         yield from zeros(start, stop)

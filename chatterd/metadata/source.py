@@ -10,7 +10,7 @@ WINDOW: Final = 256 * 1024
 """As many bytes of a file as are in memory at once."""
 _FIRST_WINDOW: Final = 4 * 1024
 _MATCH_MAX: Final = 16
-_ZEROS: Final = bytes(WINDOW)
+_ZEROS: Final = memoryview(bytes(WINDOW))
 
 
 class Uncleanable(Exception):  # noqa: N818 - what it says of the file, as Problem of a request
@@ -26,15 +26,17 @@ class Edit(NamedTuple):
 
     start: int
     stop: int
-    replacement: bytes = b""
+    replacement: bytes | memoryview = b""
 
 
 def zeros(start: int, stop: int) -> Iterator[Edit]:
-    """Overwrite bytes `start` to `stop` with zeros, however many they are."""
+    """Overwrite bytes `start` to `stop` with zeros, however many they are.
+
+    All edits refer to the same zeros: they take no memory of their own.
+    """
     for offset in range(start, stop, WINDOW):
         length = min(WINDOW, stop - offset)
-        # A long run refers to the same zeros again and again.
-        yield Edit(offset, offset + length, _ZEROS if length == WINDOW else bytes(length))
+        yield Edit(offset, offset + length, _ZEROS[:length])
 
 
 class Source:
