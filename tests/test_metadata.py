@@ -241,7 +241,7 @@ def test_a_large_file_is_cleaned_with_little_memory(
 
 
 ALMOST_A_WINDOW = WINDOW - 1
-OFTEN = 500
+OFTEN = 100
 
 
 def movie_of_metadata(*offsets_of_tracks: list[int]) -> bytes:
@@ -265,7 +265,9 @@ def movie_of_metadata(*offsets_of_tracks: list[int]) -> bytes:
     "offsets_of_tracks",
     [
         pytest.param([[MP4.index(b"moov") + 4] * OFTEN], id="one sample often"),
-        pytest.param([list(range(MP4.index(b"moov") + 4 + OFTEN, OFTEN, -1))[:OFTEN]], id="falling"),
+        pytest.param(
+            [list(range(MP4.index(b"moov") + 4 + OFTEN, OFTEN, -1))[:OFTEN]], id="falling"
+        ),
         pytest.param([[MP4.index(b"moov") + 4]] * OFTEN, id="one sample in many tracks"),
     ],
 )
@@ -275,7 +277,7 @@ def test_a_small_movie_of_overlapping_samples_is_refused_with_little_memory(
     source = Source(movie_of_metadata(*offsets_of_tracks))
     tracemalloc.start()
     try:
-        with pytest.raises(Uncleanable, match="overlap|too many"):
+        with pytest.raises(Uncleanable, match="overlap"):
             edits(source, "video/mp4")
         peak = tracemalloc.get_traced_memory()[1]
     finally:

@@ -195,6 +195,112 @@ def webm(*contents: bytes) -> bytes:
     return parts.EBML + parts.element(0x18538067, *contents, width=8)
 
 
+def movie_of(kind: bytes, old: bytes = b"mp4v") -> bytes:
+    """The smallest movie, of another codec."""
+    assert MP4.count(old) == 1
+    return MP4.replace(old, kind)
+
+
+def movie_of_sound(entry: bytes) -> bytes:
+    """A movie with a track of sound that is described so."""
+    table = parts.box(b"stbl", parts.box(b"stsd", parts.numbers(0, 1), entry))
+    media = parts.box(
+        b"mdia", parts.box(b"hdlr", bytes(8), b"soun", bytes(12)), parts.box(b"minf", table)
+    )
+    return movie(parts.box(b"moov", parts.box(b"trak", media)))
+
+
+def sound_entry(kind: bytes, *described: bytes, version: int = 0) -> bytes:
+    """A description of sound, as ISO's or as QuickTime's newer version."""
+    head = bytes(8) + version.to_bytes(2) + bytes(18) + bytes(16 * version)
+    return parts.box(kind, head, *described)
+
+
+def esds(object_type: int, flags: int = 0) -> bytes:
+    """What names a codec of MPEG-4."""
+    decoder = b"\x04\x80\x80\x80\x0d" + bytes([object_type]) + bytes(12)
+    return parts.box(b"esds", bytes(4), b"\x03\x15\0\1", bytes([flags]), decoder)
+
+
+ESDS_TYPE: Final = b"\x04\x80\x80\x80\x41\x20"
+CODECS_REFUSED: Final = [
+    ("video/mp4", movie_of(b"jpeg"), "the codec 'jpeg'"),
+    ("video/mp4", movie_of(b"png "), "the codec 'png '"),
+    ("video/mp4", movie_of(b"encv"), "the codec 'encv'"),
+    ("video/mp4", movie_of(b"\x04\x80\x80\x80\x41\x6c", ESDS_TYPE), "'mp4v' of a kind"),
+    ("video/mp4", movie_of(b"esdz", b"esds"), "'mp4v' of a kind"),
+    ("video/mp4", movie_of_sound(sound_entry(b"fLaC")), "the codec 'fLaC'"),
+    ("video/mp4", movie_of_sound(sound_entry(b"msVo")), "the codec 'msVo'"),
+    ("video/mp4", movie_of_sound(sound_entry(b"mp4a")), "'mp4a' of a kind"),
+    ("video/mp4", movie_of_sound(sound_entry(b"mp4a", esds(0xDD))), "'mp4a' of a kind"),
+    ("video/mp4", movie_of_sound(sound_entry(b"mp4a", esds(0x40, 0x80))), "'mp4a' of a kind"),
+    (
+        "video/mp4",
+        movie_of_sound(sound_entry(b"mp4a", esds(0x40), esds(0xDD))),
+        "'mp4a' of a kind",
+    ),
+    (
+        "video/mp4",
+        movie_of_sound(sound_entry(b"mp4a", parts.box(b"wave", esds(0xDD)), version=1)),
+        "'mp4a' of a kind",
+    ),
+]
+
+
+@pytest.mark.parametrize(("media_type", "data", "reason"), CODECS_REFUSED)
+def test_a_codec_that_has_metadata_of_its_own_is_refused(
+    media_type: str, data: bytes, reason: str
+) -> None:
+    with pytest.raises(Uncleanable, match=reason):
+        edits(Source(data), media_type)
+
+
+def webm_of(*codecs: bytes) -> bytes:
+    names = [parts.element(0x86, codec) for codec in codecs]
+    track = parts.element(0xAE, parts.element(0x83, b"\1"), *names)
+    return webm(parts.element(0x1654AE6B, track))
+
+
+@pytest.mark.parametrize(
+    "codecs", [(), (b"V_MJPEG",), (b"A_FLAC",), (b"V_VP8", b"V_MJPEG"), (b"V_UNCOMPRESSED\0",)]
+)
+def test_a_webm_file_of_another_codec_is_refused(codecs: tuple[bytes, ...]) -> None:
+    with pytest.raises(Uncleanable, match="codec that WebM does not have"):
+        edits(Source(webm_of(*codecs)), "video/webm")
+
+
+@pytest.mark.parametrize(
+    ("media_type", "data"),
+    [
+        *[("video/mp4", movie_of(kind)) for kind in (b"avc1", b"hvc1", b"hev1", b"dvh1", b"apch")],
+        *[
+            ("video/mp4", movie_of_sound(sound_entry(kind)))
+            for kind in (b"alac", b"samr", b"sowt", b"lpcm", b"raw ", b"apac", b"Opus")
+        ],
+        *[
+            ("video/mp4", movie_of_sound(sound_entry(b"mp4a", esds(kind))))
+            for kind in (0x40, 0x67, 0x69, 0x6B)
+        ],
+        (
+            "video/quicktime",
+            movie_of_sound(
+                sound_entry(
+                    b"mp4a",
+                    parts.box(
+                        b"wave", parts.box(b"frma", b"mp4a"), esds(0x40), parts.box(bytes(4))
+                    ),
+                    version=1,
+                )
+            ),
+        ),
+        ("video/webm", webm_of(b"V_VP8")),
+        ("video/webm", webm_of(b"V_AV1\0\0")),
+    ],
+)
+def test_a_codec_that_cameras_write_is_accepted(media_type: str, data: bytes) -> None:
+    assert is_cleaned(data, media_type)
+
+
 REFUSED: Final = [
     ("image/jpeg", b"\xff\xd9", "does not begin"),
     ("image/jpeg", b"\xff\xd8\xff\xe1", "too early"),
