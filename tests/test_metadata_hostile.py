@@ -191,6 +191,33 @@ IDAT_AT: Final = TWO_PLACES.index(b"idat") + 4
 DATA_AT: Final = len(TWO_PLACES)
 
 
+# What cameras write among the data of pictures: dash cameras between them, AVCHD cameras in them.
+PLACES_IN_DATA: Final = (
+    b"freeGPS \x4c\0\0\0",
+    bytes.fromhex("17ee8c60f84d11d98cd60800200c9a66") + b"MDPM\x08",
+)
+
+
+@pytest.mark.parametrize("place", PLACES_IN_DATA)
+@pytest.mark.parametrize("before", [0, 4090, 4096 + 2**18 - 19])
+def test_a_movie_with_a_place_among_its_pictures_is_refused(place: bytes, before: int) -> None:
+    data = parts.box(b"mdat", bytes(before), place, bytes(40))
+    for wide in (data, parts.wide_box(b"mdat", data[8:]), b"\0\0\0\0" + data[4:]):
+        with pytest.raises(Uncleanable, match="a place among its pictures"):
+            edits(Source(movie(wide)), "video/mp4")
+
+
+@pytest.mark.parametrize("place", PLACES_IN_DATA)
+def test_a_place_beside_the_data_of_pictures_is_taken_out(place: bytes) -> None:
+    # A mark that only begins in the data is none, and what lies behind them is cleared.
+    data = movie(
+        parts.box(b"mdat", place[:7]), parts.box(b"free", place), parts.box(b"zzzz", place)
+    )
+    clean = result(data, "video/mp4")
+    assert clean is not None
+    assert place not in clean
+
+
 def webm(*contents: bytes) -> bytes:
     return parts.EBML + parts.element(0x18538067, *contents, width=8)
 

@@ -220,6 +220,22 @@ _KEPT_TRACKS: Final = {
     b"auxv": _PICTURE_TRACK,
     b"soun": _track_rule(_sound_descriptions),
 }
+# What dash cameras write between the pictures, and AVCHD cameras in them: the text of H.264 for
+# users (ITU-T H.264 §D.2.7) by its UUID and Sony's mark. Each is one literal, because that is found
+# ten times as fast as two alternatives.
+_PLACES: Final = (
+    re.compile(b"freeGPS "),
+    re.compile(re.escape(bytes.fromhex("17ee8c60f84d11d98cd60800200c9a66") + b"MDPM")),
+)
+
+
+def _media_data(source: Source, box: Box) -> Iterator[Edit]:
+    """Leave the samples as they are. Raises `Uncleanable` when there is a place among them."""
+    if any(source.find(place, box.contents, box.stop) is not None for place in _PLACES):
+        raise Uncleanable("the file has a place among its pictures")
+    return iter(())
+
+
 _MOVIE: Final = keeping("iods") | {
     b"mvhd": _times,
     b"trak": _track,
@@ -229,7 +245,8 @@ _FRAGMENT: Final = within(
     keeping("mfhd")
     | {b"traf": within(keeping("tfhd tfdt trun sdtp sbgp sgpd subs saiz saio senc"))}
 )
-TOP_LEVEL: Final = keeping("ftyp styp mdat pdin sidx ssix") | {
+TOP_LEVEL: Final = keeping("ftyp styp pdin sidx ssix") | {
+    b"mdat": _media_data,
     b"moov": _movie,
     b"moof": _FRAGMENT,
     b"mfra": within(keeping("tfra mfro")),

@@ -9,7 +9,7 @@ from typing import BinaryIO, Final, Literal, NamedTuple
 WINDOW: Final = 256 * 1024
 """As many bytes of a file as are in memory at once."""
 _FIRST_WINDOW: Final = 4 * 1024
-_MATCH_MAX: Final = 16
+_MATCH_MAX: Final = 20
 _ZEROS: Final = memoryview(bytes(WINDOW))
 
 
@@ -81,9 +81,13 @@ class Source:
         if self._steps_left < 0:
             raise Uncleanable("the file has too many parts")
 
-    def find(self, pattern: re.Pattern[bytes], start: int) -> int | None:
-        """Return where `pattern`, of at most 16 bytes, first matches from `start` on."""
-        for offset, window in self.windows(start, self.size, overlap=_MATCH_MAX - 1):
+    def find(self, pattern: re.Pattern[bytes], start: int, stop: int | None = None) -> int | None:
+        """Return where `pattern`, of at most 20 bytes, first matches from `start` to `stop`.
+
+        Without `stop` the file's end is meant.
+        """
+        end = self.size if stop is None else stop
+        for offset, window in self.windows(start, end, overlap=_MATCH_MAX - 1):
             if match := pattern.search(window):
                 return offset + match.start()
         return None
