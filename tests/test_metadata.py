@@ -26,7 +26,7 @@ from tests.metadata_corpus import (
     pixels,
     surplus,
 )
-from tests.samples import IMAGES, JPEG, MP4, PNG, VIDEOS, Sample
+from tests.samples import IMAGES, JPEG, MP4, PNG, VIDEOS, Sample, longer_jpeg
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -208,6 +208,7 @@ LARGE_ATTACHMENT = parts.element(0x1941A469, b"x" * SIZE, width=8)
 LARGE = [
     pytest.param("image/jpeg", JPEG[:-2] + bytes(SIZE) + JPEG[-2:] + TRAILER, id="jpeg"),
     pytest.param("image/jpeg", JPEG + bytes(SIZE), id="jpeg with a film"),
+    pytest.param("image/jpeg", longer_jpeg(SIZE + 1), id="jpeg with a large colour profile"),
     pytest.param(
         "image/png", PNG[:33] + png_chunk(b"iCCP", b"ann\0" + bytes(SIZE)) + PNG[33:], id="png"
     ),
