@@ -26,7 +26,7 @@ from tests.metadata_corpus import (
     pixels,
     surplus,
 )
-from tests.samples import IMAGES, JPEG, MP4, PNG, VIDEOS, Sample, longer_jpeg
+from tests.samples import IMAGES, JPEG, MP4, PNG, VIDEOS, Sample
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -203,12 +203,15 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
     return len(data).to_bytes(4) + kind + data + crc32(kind + data).to_bytes(4)
 
 
+LARGE_PROFILE = parts.segment(0xE2, b"ICC_PROFILE\0\2\2" + bytes(2**15)) * (SIZE // 2**15 + 1)
 LARGE_COMMENT = b"!\xfe" + (b"\xff" + bytes(255)) * (SIZE // 255) + b"\0"
 LARGE_ATTACHMENT = parts.element(0x1941A469, b"x" * SIZE, width=8)
 LARGE = [
     pytest.param("image/jpeg", JPEG[:-2] + bytes(SIZE) + JPEG[-2:] + TRAILER, id="jpeg"),
     pytest.param("image/jpeg", JPEG + bytes(SIZE), id="jpeg with a film"),
-    pytest.param("image/jpeg", longer_jpeg(SIZE + 1), id="jpeg with a large colour profile"),
+    pytest.param(
+        "image/jpeg", JPEG[:2] + LARGE_PROFILE + JPEG[2:], id="jpeg with a large colour profile"
+    ),
     pytest.param(
         "image/png", PNG[:33] + png_chunk(b"iCCP", b"ann\0" + bytes(SIZE)) + PNG[33:], id="png"
     ),
