@@ -221,7 +221,7 @@ _KEPT_TRACKS: Final = {
     b"soun": _track_rule(_sound_descriptions),
 }
 # What dash cameras write between the pictures, and AVCHD cameras in them: the text of H.264 for
-# users (ITU-T H.264 §D.2.7) by its UUID and Sony's mark. Each is one literal, because that is found
+# users (ITU-T H.264 Annex D) by its UUID and the cameras' mark. Each is one literal: that is found
 # ten times as fast as two alternatives.
 _PLACES: Final = (
     re.compile(b"freeGPS "),
