@@ -188,7 +188,7 @@ def make_videos(folder: Path) -> list[Path]:
     _encode(folder / "subtitles.mp4", *h264, "-c:s", "mov_text", more=("-i", subtitles))
     _encode(folder / "chapters.mp4", *h264, more=("-i", chapters))
     _encode(folder / "keys.mov", *h264, *as_keys, "-timecode", "01:02:03:04")
-    _encode(folder / "camera.mov", "-c:v", "mjpeg", "-c:a", "pcm_s16le")
+    _encode(folder / "camera.mov", "-c:v", "prores", "-c:a", "pcm_s16le")
     _encode(folder / "vp8.webm", "-c:v", "libvpx", "-c:a", "libvorbis", more=("-i", chapters))
     _encode(folder / "vp9.webm", "-c:v", "libvpx-vp9", "-c:a", "libopus", "-write_crc32", "1")
     _encode(folder / "live.webm", "-c:v", "libvpx", "-c:a", "libopus", "-live", "1")
@@ -219,7 +219,7 @@ def _encode(path: Path, *options: str, more: tuple[str | Path, ...] = ()) -> Non
         *("-metadata", f"location={PLACE}", "-metadata", "creation_time=2019-01-02T03:04:05Z"),
         *("-metadata", f"com.apple.quicktime.location.ISO6709={PLACE}"),
         *("-metadata:s:v", f"handler_name={PLANTED}", "-metadata:s:a", f"title={PLANTED}"),
-        *("-pix_fmt", "yuvj420p" if "mjpeg" in options else "yuv420p", *options, path),
+        *("-pix_fmt", "yuv422p10" if "prores" in options else "yuv420p", *options, path),
     )
 
 

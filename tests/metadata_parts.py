@@ -135,7 +135,13 @@ INFO: Final = element(
 )
 TRACKS: Final = element(
     0x1654AE6B,
-    element(0xAE, element(0xD7, b"\1"), element(0x83, b"\1"), element(0x536E, SECRET)),
+    element(
+        0xAE,
+        element(0xD7, b"\1"),
+        element(0x83, b"\1"),
+        element(0x86, b"V_VP9"),
+        element(0x536E, SECRET),
+    ),
 )
 CLUSTER: Final = (element(0xE7, b"\0"), element(0xA3, b"\x81\0\0\x80frame"))
 TAGS: Final = element(0x1254C367, element(0x7373, SECRET), width=8)

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from chatterd import media
 from chatterd.metadata import Edit, Source, Uncleanable, clean, clean_beginning, edits
+from chatterd.metadata.source import WINDOW
 from tests import metadata_parts as parts
 from tests.metadata_corpus import (
     MEDIA_TYPES,
@@ -202,11 +203,15 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
     return len(data).to_bytes(4) + kind + data + crc32(kind + data).to_bytes(4)
 
 
+LARGE_PROFILE = parts.segment(0xE2, b"ICC_PROFILE\0\2\2" + bytes(2**15)) * (SIZE // 2**15 + 1)
 LARGE_COMMENT = b"!\xfe" + (b"\xff" + bytes(255)) * (SIZE // 255) + b"\0"
 LARGE_ATTACHMENT = parts.element(0x1941A469, b"x" * SIZE, width=8)
 LARGE = [
     pytest.param("image/jpeg", JPEG[:-2] + bytes(SIZE) + JPEG[-2:] + TRAILER, id="jpeg"),
     pytest.param("image/jpeg", JPEG + bytes(SIZE), id="jpeg with a film"),
+    pytest.param(
+        "image/jpeg", JPEG[:2] + LARGE_PROFILE + JPEG[2:], id="jpeg with a large colour profile"
+    ),
     pytest.param(
         "image/png", PNG[:33] + png_chunk(b"iCCP", b"ann\0" + bytes(SIZE)) + PNG[33:], id="png"
     ),
@@ -237,6 +242,51 @@ def test_a_large_file_is_cleaned_with_little_memory(
     assert peak < 2**20
     with path.open("rb") as file:
         assert edits(Source(file), media_type) == []
+
+
+ALMOST_A_WINDOW = WINDOW - 1
+OFTEN = 100
+
+
+def movie_of_metadata(*offsets_of_tracks: list[int]) -> bytes:
+    """A movie whose tracks of metadata have one long sample at each of the offsets."""
+    tracks = [
+        parts.track(
+            b"meta",
+            sizes=parts.numbers(0, ALMOST_A_WINDOW, 1),
+            chunks=parts.numbers(0, 1, 1, 1, 1),
+            offsets=parts.box(b"stco", parts.numbers(0, len(offsets), *offsets)),
+        )
+        for offsets in offsets_of_tracks
+    ]
+    start = MP4.index(b"moov") - 4
+    data = parts.box(b"mdat", b"x" * (OFTEN + ALMOST_A_WINDOW))
+    size = int.from_bytes(MP4[start : start + 4])
+    return MP4[:start] + data + parts.box(b"moov", MP4[start + 8 : start + size], *tracks)
+
+
+@pytest.mark.parametrize(
+    "offsets_of_tracks",
+    [
+        pytest.param([[MP4.index(b"moov") + 4] * OFTEN], id="one sample often"),
+        pytest.param(
+            [list(range(MP4.index(b"moov") + 4 + OFTEN, OFTEN, -1))[:OFTEN]], id="falling"
+        ),
+        pytest.param([[MP4.index(b"moov") + 4]] * OFTEN, id="one sample in many tracks"),
+    ],
+)
+def test_a_small_movie_of_overlapping_samples_is_refused_with_little_memory(
+    offsets_of_tracks: list[list[int]],
+) -> None:
+    source = Source(movie_of_metadata(*offsets_of_tracks))
+    tracemalloc.start()
+    try:
+        with pytest.raises(Uncleanable, match="overlap"):
+            edits(source, "video/mp4")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20
 
 
 @pytest.mark.parametrize("position", [0, 4095, 4096, 4097, 4096 + 2**18 - 15, 2**19, 2**20 - 1])

@@ -36,6 +36,8 @@ TELLING: Final = (
     *(b"Exif", b"EXIF", b"iCCP", b"eXIf", b"IEND", b"ANMF", b"VP8X", b"!\xff", b"!\xf9\x04"),
     *(b"\x1f\x43\xb6\x75", b"\x1a\x45\xdf\xa3", b"\xec", b"soun", b"mdat", b"stsd"),
 )
+# What follows a segment that goes lies in no scan, though it would without that segment.
+COMMENTED_SCAN: Final = JPEG[:-2] + parts.segment(0xFE, b"ann") + parts.SECRET * 9 + JPEG[-2:]
 
 
 @cache
@@ -43,7 +45,11 @@ def seeds(media_type: str) -> tuple[bytes, ...]:
     """Small files to begin from, with as many kinds of parts as a format has."""
     more = {"save_all": True, "append_images": [picture((8, 8), number=1)]}
     return {
-        "image/jpeg": (JPEG, _encoded("JPEG", exif=exif(6), icc_profile=PROFILE, progressive=True)),
+        "image/jpeg": (
+            JPEG,
+            _encoded("JPEG", exif=exif(6), icc_profile=PROFILE, progressive=True),
+            COMMENTED_SCAN,
+        ),
         "image/png": (PNG, _encoded("PNG", exif=exif(6), icc_profile=PROFILE, **more)),
         "image/gif": (GIF, parts.tagged_gif()),
         "image/webp": (WEBP, _encoded("WEBP", exif=exif(6), xmp=parts.SECRET, **more)),
@@ -132,6 +138,20 @@ def test_a_mutated_file_whose_beginning_was_cleaned_becomes_what_the_whole_becom
         assert result(begun, media_type) == result(data, media_type)
 
 
+def test_a_jpeg_file_cut_behind_a_comment_loses_all_that_the_whole_loses() -> None:
+    for cut in range(len(COMMENTED_SCAN) + 1):
+        begun = clean_beginning(COMMENTED_SCAN[:cut], "image/jpeg") + COMMENTED_SCAN[cut:]
+        assert result(begun, "image/jpeg") == JPEG
+
+
+def test_a_beginning_of_very_many_parts_is_cleaned_up_to_one_of_them() -> None:
+    comment = parts.segment(0xFE, b"ann") + parts.SECRET * 20
+    data = JPEG[:-2] + comment * 12_000 + JPEG[-2:]
+    begun = clean_beginning(data[:-60], "image/jpeg") + data[-60:]
+    assert 0 < begun.count(comment) < 12_000
+    assert result(begun, "image/jpeg") == JPEG
+
+
 @pytest.mark.parametrize("media_type", WALKERS)
 def test_a_file_cut_off_anywhere_is_cleaned_or_refused(media_type: str) -> None:
     for seed in seeds(media_type):
@@ -171,8 +191,141 @@ IDAT_AT: Final = TWO_PLACES.index(b"idat") + 4
 DATA_AT: Final = len(TWO_PLACES)
 
 
+# What cameras write among the data of pictures: dash cameras between them, AVCHD cameras in them.
+PLACES_IN_DATA: Final = (
+    b"freeGPS \x4c\0\0\0",
+    bytes.fromhex("17ee8c60f84d11d98cd60800200c9a66") + b"MDPM\x08",
+)
+
+
+@pytest.mark.parametrize("place", PLACES_IN_DATA)
+@pytest.mark.parametrize("before", [0, 4090, 4096 + 2**18 - 19])
+def test_a_movie_with_a_place_among_its_pictures_is_refused(place: bytes, before: int) -> None:
+    data = parts.box(b"mdat", bytes(before), place, bytes(40))
+    for wide in (data, parts.wide_box(b"mdat", data[8:]), b"\0\0\0\0" + data[4:]):
+        with pytest.raises(Uncleanable, match="a place among its pictures"):
+            edits(Source(movie(wide)), "video/mp4")
+
+
+@pytest.mark.parametrize("place", PLACES_IN_DATA)
+def test_a_place_beside_the_data_of_pictures_is_taken_out(place: bytes) -> None:
+    # A mark that only begins in the data is none, and what lies behind them is cleared.
+    data = movie(
+        parts.box(b"mdat", place[:7]), parts.box(b"free", place), parts.box(b"zzzz", place)
+    )
+    clean = result(data, "video/mp4")
+    assert clean is not None
+    assert place not in clean
+
+
 def webm(*contents: bytes) -> bytes:
     return parts.EBML + parts.element(0x18538067, *contents, width=8)
+
+
+def movie_of(kind: bytes, old: bytes = b"mp4v") -> bytes:
+    """The smallest movie, of another codec."""
+    assert MP4.count(old) == 1
+    return MP4.replace(old, kind)
+
+
+def movie_of_sound(entry: bytes) -> bytes:
+    """A movie with a track of sound that is described so."""
+    table = parts.box(b"stbl", parts.box(b"stsd", parts.numbers(0, 1), entry))
+    media = parts.box(
+        b"mdia", parts.box(b"hdlr", bytes(8), b"soun", bytes(12)), parts.box(b"minf", table)
+    )
+    return movie(parts.box(b"moov", parts.box(b"trak", media)))
+
+
+def sound_entry(kind: bytes, *described: bytes, version: int = 0) -> bytes:
+    """A description of sound, as ISO's or as QuickTime's newer version."""
+    head = bytes(8) + version.to_bytes(2) + bytes(18) + bytes(16 * version)
+    return parts.box(kind, head, *described)
+
+
+def esds(object_type: int, flags: int = 0) -> bytes:
+    """What names a codec of MPEG-4."""
+    decoder = b"\x04\x80\x80\x80\x0d" + bytes([object_type]) + bytes(12)
+    return parts.box(b"esds", bytes(4), b"\x03\x15\0\1", bytes([flags]), decoder)
+
+
+ESDS_TYPE: Final = b"\x04\x80\x80\x80\x41\x20"
+CODECS_REFUSED: Final = [
+    ("video/mp4", movie_of(b"jpeg"), "the codec 'jpeg'"),
+    ("video/mp4", movie_of(b"png "), "the codec 'png '"),
+    ("video/mp4", movie_of(b"encv"), "the codec 'encv'"),
+    ("video/mp4", movie_of(b"\x04\x80\x80\x80\x41\x6c", ESDS_TYPE), "'mp4v' of a kind"),
+    ("video/mp4", movie_of(b"esdz", b"esds"), "'mp4v' of a kind"),
+    ("video/mp4", movie_of_sound(sound_entry(b"fLaC")), "the codec 'fLaC'"),
+    ("video/mp4", movie_of_sound(sound_entry(b"msVo")), "the codec 'msVo'"),
+    ("video/mp4", movie_of_sound(sound_entry(b"mp4a")), "'mp4a' of a kind"),
+    ("video/mp4", movie_of_sound(sound_entry(b"mp4a", esds(0xDD))), "'mp4a' of a kind"),
+    ("video/mp4", movie_of_sound(sound_entry(b"mp4a", esds(0x40, 0x80))), "'mp4a' of a kind"),
+    (
+        "video/mp4",
+        movie_of_sound(sound_entry(b"mp4a", esds(0x40), esds(0xDD))),
+        "'mp4a' of a kind",
+    ),
+    (
+        "video/mp4",
+        movie_of_sound(sound_entry(b"mp4a", parts.box(b"wave", esds(0xDD)), version=1)),
+        "'mp4a' of a kind",
+    ),
+]
+
+
+@pytest.mark.parametrize(("media_type", "data", "reason"), CODECS_REFUSED)
+def test_a_codec_that_has_metadata_of_its_own_is_refused(
+    media_type: str, data: bytes, reason: str
+) -> None:
+    with pytest.raises(Uncleanable, match=reason):
+        edits(Source(data), media_type)
+
+
+def webm_of(*codecs: bytes) -> bytes:
+    names = [parts.element(0x86, codec) for codec in codecs]
+    track = parts.element(0xAE, parts.element(0x83, b"\1"), *names)
+    return webm(parts.element(0x1654AE6B, track))
+
+
+@pytest.mark.parametrize(
+    "codecs", [(), (b"V_MJPEG",), (b"A_FLAC",), (b"V_VP8", b"V_MJPEG"), (b"V_UNCOMPRESSED\0",)]
+)
+def test_a_webm_file_of_another_codec_is_refused(codecs: tuple[bytes, ...]) -> None:
+    with pytest.raises(Uncleanable, match="codec that WebM does not have"):
+        edits(Source(webm_of(*codecs)), "video/webm")
+
+
+@pytest.mark.parametrize(
+    ("media_type", "data"),
+    [
+        *[("video/mp4", movie_of(kind)) for kind in (b"avc1", b"hvc1", b"hev1", b"dvh1", b"apch")],
+        *[
+            ("video/mp4", movie_of_sound(sound_entry(kind)))
+            for kind in (b"alac", b"samr", b"sowt", b"lpcm", b"raw ", b"apac", b"Opus")
+        ],
+        *[
+            ("video/mp4", movie_of_sound(sound_entry(b"mp4a", esds(kind))))
+            for kind in (0x40, 0x67, 0x69, 0x6B)
+        ],
+        (
+            "video/quicktime",
+            movie_of_sound(
+                sound_entry(
+                    b"mp4a",
+                    parts.box(
+                        b"wave", parts.box(b"frma", b"mp4a"), esds(0x40), parts.box(bytes(4))
+                    ),
+                    version=1,
+                )
+            ),
+        ),
+        ("video/webm", webm_of(b"V_VP8")),
+        ("video/webm", webm_of(b"V_AV1\0\0")),
+    ],
+)
+def test_a_codec_that_cameras_write_is_accepted(media_type: str, data: bytes) -> None:
+    assert is_cleaned(data, media_type)
 
 
 REFUSED: Final = [
@@ -182,6 +335,8 @@ REFUSED: Final = [
     ("image/jpeg", b"\xff\xd8" + parts.segment(0xE1, b"", 0), "wrong length"),
     ("image/jpeg", b"\xff\xd8" + parts.segment(0xE1, b"", 1), "wrong length"),
     ("image/jpeg", b"\xff\xd8" + parts.segment(0xE1, b"\xff\xd9", 0xFFFF), "wrong length"),
+    ("image/jpeg", JPEG[:-2] + parts.segment(0xDC, b"\0") + JPEG[-2:], "number of lines"),
+    ("image/jpeg", JPEG[:-2] + parts.segment(0xDC, b"\0\2a") + JPEG[-2:], "number of lines"),
     ("image/jpeg", b"\xff\xd8" + parts.segment(0xF0, b"") + b"\xff\xd9", "unknown marker 0xFFF0"),
     ("image/jpeg", b"\xff\xd8" + parts.segment(0xE1, b"") * 20_000 + b"\xff\xd9", "too many"),
     ("image/png", b"\x89PNG\r\n\x1a\r" + PNG[8:], "does not begin"),
@@ -313,7 +468,7 @@ MANY_EXTENTS: Final = parts.box(
         pytest.param("image/heic", pictures(MANY_EXTENTS), id="extents of no bytes"),
         pytest.param("video/webm", webm(parts.unknown(0x1F43B675) * 50_000), id="empty clusters"),
         pytest.param("image/gif", parts.gif(b"!\xfe" + b"\1x" * 2**20 + b"\0"), id="tiny blocks"),
-        pytest.param("image/jpeg", b"\xff\xd8" + b"\xff\xdc\0\2" * 2**20, id="empty segments"),
+        pytest.param("image/jpeg", b"\xff\xd8" + b"\xff\xdb\0\2" * 2**20, id="empty segments"),
         pytest.param("image/jpeg", b"\xff\xd8" + b"\xff" * 2**22, id="fill bytes"),
         pytest.param("image/png", PNG[:33] + b"\0\0\0\0fdATcccc" * 2**19, id="empty chunks"),
     ],

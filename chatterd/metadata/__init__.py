@@ -80,7 +80,7 @@ def edits(source: Source, media_type: str) -> list[Edit]:
     changes = list(islice(_WALKERS[media_type](source), _EDITS_MAX + 1))
     if len(changes) > _EDITS_MAX:
         raise Uncleanable("the file has too many parts")
-    changes.sort()
+    changes.sort(key=lambda edit: (edit.start, edit.stop))
     if any(first.stop > second.start for first, second in pairwise(changes)):
         raise Uncleanable("parts of the file overlap")
     return [edit for edit in changes if not source.has(edit)]
@@ -90,7 +90,7 @@ def _moves_what_follows(edit: Edit, size: int) -> bool:
     return len(edit.replacement) != edit.stop - edit.start and edit.stop != size
 
 
-def _pieces(source: Source, changes: list[Edit]) -> Iterator[bytes]:
+def _pieces(source: Source, changes: list[Edit]) -> Iterator[bytes | memoryview]:
     """Yield what `changes`, which are in order, make of a file."""
     kept_from = 0
     for edit in (*changes, Edit(source.size, source.size)):

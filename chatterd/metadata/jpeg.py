@@ -20,6 +20,8 @@ _EOI: Final = 0xD9
 _SOS: Final = 0xDA
 # Frames but for the reserved 0xC8, with DHT and DAC; SOS, DQT, DNL, DRI.
 _DECODING: Final = frozenset({*range(0xC0, 0xD0), *range(0xDA, 0xDE)} - {0xC8})
+_DNL: Final = 0xDC
+_DNL_SIZE: Final = 6  # with its marker (§B.2.5)
 _APP0: Final = 0xE0
 _APP1: Final = 0xE1
 _APP2: Final = 0xE2
@@ -32,12 +34,15 @@ def edits(source: Source) -> Iterator[Edit]:
     if source.read(0, 2) != b"\xff\xd8":
         raise Uncleanable("the JPEG file does not begin as one")
     offset, in_scan = 2, False
+    start, kept = 2, b""  # what stays of the bytes from `start` to the next marker
     while True:
         marker = source.find(_MARKER, offset)
         if marker is None:
             raise Uncleanable("the JPEG file has no end marker")
-        if not in_scan:
-            yield Edit(offset, marker)  # decoders skip what lies between segments
+        if not in_scan and start < marker:
+            # Decoders skip what lies between segments. It goes together with what goes before it:
+            # right behind a scan it would pass for a part of that.
+            yield Edit(start, marker, kept)
         code = source.integer(marker + 1, 1)
         if code == _EOI:
             yield Edit(marker + 2, source.size)
@@ -45,9 +50,17 @@ def edits(source: Source) -> Iterator[Edit]:
         offset = marker + 2 + source.integer(marker + 2, 2)
         if not marker + 4 <= offset <= source.size:
             raise Uncleanable("a segment of the JPEG file has a wrong length")
-        if code not in _DECODING:
-            yield Edit(marker, offset, _application(source, code, marker + 4, offset))
+        if code == _DNL and offset - marker != _DNL_SIZE:
+            raise Uncleanable("the JPEG file has a number of lines of a wrong length")
+        start, kept = offset, b""
+        if code not in _DECODING and not _is_profile(source, code, marker + 4, offset):
+            start, kept = marker, _application(source, code, marker + 4, offset)
         in_scan = code == _SOS
+
+
+def _is_profile(source: Source, code: int, start: int, stop: int) -> bool:
+    """Whether a segment, whose contents begin at `start`, is of a colour profile."""
+    return code == _APP2 and source.read(start, min(stop - start, 12)) == b"ICC_PROFILE\0"
 
 
 def _application(source: Source, code: int, start: int, stop: int) -> bytes:
@@ -60,8 +73,6 @@ def _application(source: Source, code: int, start: int, stop: int) -> bytes:
     if code == _APP1 and head.startswith(b"Exif\0"):
         exif = orientation_only(source, start + 6, stop)
         return _segment(code, b"Exif\0\0" + exif) if exif else b""
-    if code == _APP2 and head.startswith(b"ICC_PROFILE\0"):
-        return source.read(start - 4, stop - start + 4)
     if code == _APP14 and head.startswith(b"Adobe") and len(head) >= 12:
         return _segment(code, head[:12])
     return b""

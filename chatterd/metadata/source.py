@@ -9,8 +9,8 @@ from typing import BinaryIO, Final, Literal, NamedTuple
 WINDOW: Final = 256 * 1024
 """As many bytes of a file as are in memory at once."""
 _FIRST_WINDOW: Final = 4 * 1024
-_MATCH_MAX: Final = 16
-_ZEROS: Final = bytes(WINDOW)
+_MATCH_MAX: Final = 20
+_ZEROS: Final = memoryview(bytes(WINDOW))
 
 
 class Uncleanable(Exception):  # noqa: N818 - what it says of the file, as Problem of a request
@@ -26,15 +26,17 @@ class Edit(NamedTuple):
 
     start: int
     stop: int
-    replacement: bytes = b""
+    replacement: bytes | memoryview = b""
 
 
 def zeros(start: int, stop: int) -> Iterator[Edit]:
-    """Overwrite bytes `start` to `stop` with zeros, however many they are."""
+    """Overwrite bytes `start` to `stop` with zeros, however many they are.
+
+    All edits refer to the same zeros: they take no memory of their own.
+    """
     for offset in range(start, stop, WINDOW):
         length = min(WINDOW, stop - offset)
-        # A long run refers to the same zeros again and again.
-        yield Edit(offset, offset + length, _ZEROS if length == WINDOW else bytes(length))
+        yield Edit(offset, offset + length, _ZEROS[:length])
 
 
 class Source:
@@ -79,9 +81,13 @@ class Source:
         if self._steps_left < 0:
             raise Uncleanable("the file has too many parts")
 
-    def find(self, pattern: re.Pattern[bytes], start: int) -> int | None:
-        """Return where `pattern`, of at most 16 bytes, first matches from `start` on."""
-        for offset, window in self.windows(start, self.size, overlap=_MATCH_MAX - 1):
+    def find(self, pattern: re.Pattern[bytes], start: int, stop: int | None = None) -> int | None:
+        """Return where `pattern`, of at most 20 bytes, first matches from `start` to `stop`.
+
+        Without `stop` the file's end is meant.
+        """
+        end = self.size if stop is None else stop
+        for offset, window in self.windows(start, end, overlap=_MATCH_MAX - 1):
             if match := pattern.search(window):
                 return offset + match.start()
         return None

@@ -160,10 +160,10 @@ def _track(source: Source, element: _Element) -> Iterator[Edit]:
     kinds = [int.from_bytes(value) for value in _values(source, element, _TRACK_TYPE)]
     if kinds not in ([1], [2]):  # its samples lie between those of the others
         raise Uncleanable("the WebM file has a track that is neither picture nor sound")
-    codecs = _values(source, element, _CODEC_ID)
-    is_vorbis = any(codec.startswith(b"A_VORBIS") for codec in codecs)
-    private = _without_comments if is_vorbis else _keep
-    yield from _within(_TRACK_RULES | {_CODEC_PRIVATE: private})(source, element)
+    codecs = [value.rstrip(b"\0") for value in _values(source, element, _CODEC_ID)]
+    if len(codecs) != 1 or codecs[0] not in _CODECS:
+        raise Uncleanable("the WebM file has a track of a codec that WebM does not have")
+    yield from _within(_TRACK_RULES | {_CODEC_PRIVATE: _CODECS[codecs[0]]})(source, element)
 
 
 def _without_comments(source: Source, element: _Element) -> Iterator[Edit]:
@@ -185,6 +185,11 @@ def _keeping(*numbers: int) -> dict[int, _Rule]:
     return dict.fromkeys(numbers, _keep)
 
 
+# The codecs of WebM, and what is done about what they keep for their decoders.
+_CODECS: Final[Mapping[bytes, _Rule]] = {
+    **dict.fromkeys(b"V_VP8 V_VP9 V_AV1 A_OPUS".split(), _keep),
+    b"A_VORBIS": _without_comments,
+}
 # Timestamp, Position, PrevSize, SimpleBlock, BlockGroup.
 _CLUSTER_RULES: Final = _keeping(0xE7, 0xA7, 0xAB, 0xA3, 0xA0)
 # TrackNumber, TrackUID, FlagEnabled, FlagDefault, FlagForced, FlagLacing, MinCache, MaxCache,
