@@ -10,9 +10,11 @@ import zlib
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+import pytest
 from PIL import Image
 
 from tests.conftest import client_of
+from tests.metadata_parts import tagged_movie, tagged_webm
 from tests.multipart import (
     THUMBNAIL,
     connect,
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     import httpx2
 
     from tests.multipart import Connection, Part, Server, StartServer
+
+BEHIND = b"bytes behind the end of a picture"
 
 
 async def post(client: httpx2.AsyncClient, *parts: Part) -> httpx2.Response:
@@ -80,6 +84,26 @@ async def test_bytes_that_differ_in_metadata_alone_are_one_file(
     assert len(kept(server.media)) == 1
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(image(JPEG + BEHIND), id="a small picture"),
+        # Longer than what is cleaned before it is written.
+        pytest.param(image(longer_jpeg(600_000) + BEHIND), id="a large picture"),
+        pytest.param(video(tagged_movie()), id="an MP4 video"),
+        pytest.param(video(tagged_webm()), id="a WebM video"),
+    ],
+)
+async def test_the_key_of_an_unclean_file_is_the_digest_of_what_is_served(
+    server: Server, client: httpx2.AsyncClient, part: Part
+) -> None:
+    assert (await post(client, part)).content == b"{}"
+    (key,) = kept(server.media)
+    served = (await client.get(f"/media/{key}")).content
+    assert served != part.data
+    assert key.partition(".")[0] == hashlib.sha256(served).hexdigest()
+
+
 async def test_what_is_known_of_a_file_is_in_the_table(
     client: httpx2.AsyncClient, database: Connection
 ) -> None:
@@ -122,6 +146,17 @@ async def test_a_thumbnail_is_served_behind_the_pictures_address(
     assert (again.status_code, again.content) == (304, b"")
     part = await client.get(url + "?thumb=1", headers={"Range": "bytes=0-3"})
     assert (part.status_code, part.content) == (206, b"RIFF")
+
+
+async def test_a_thumbnail_is_made_before_anybody_asks_for_it(
+    server: Server, client: httpx2.AsyncClient
+) -> None:
+    assert (await post(client, image(photo(1200, 800)))).content == b"{}"
+    (key,) = kept(server.media)
+    thumbnail = server.media / (key + THUMBNAIL)
+    await until(thumbnail.exists)
+    with Image.open(thumbnail) as reduced:
+        assert (reduced.format, reduced.size) == ("WEBP", (512, 341))
 
 
 async def test_a_video_has_no_thumbnail(client: httpx2.AsyncClient) -> None:
