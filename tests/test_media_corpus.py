@@ -1,4 +1,4 @@
-"""Files of real encoders, and files that nobody makes, through POST /postimages of a real server."""
+"""Files of real encoders, and files that nobody makes, through POST /postimages of a server."""
 
 from __future__ import annotations
 

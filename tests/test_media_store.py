@@ -7,12 +7,18 @@ import hashlib
 import io
 import os
 import zlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+import httpx2
 import pytest
 from PIL import Image
+from sqlalchemy.engine import make_url
+from starlette.applications import Starlette
 
+from chatterd import settings
+from chatterd.app import create_app
 from tests.conftest import client_of
 from tests.metadata_parts import tagged_movie, tagged_webm
 from tests.multipart import (
@@ -32,7 +38,9 @@ from tests.multipart import (
 from tests.samples import JPEG, MP4, PNG, VIDEOS, longer_jpeg, longer_mp4
 
 if TYPE_CHECKING:
-    import httpx2
+    from collections.abc import Callable
+
+    from starlette.types import Receive, Scope, Send
 
     from tests.multipart import Connection, Part, Server, StartServer
 
@@ -102,6 +110,74 @@ async def test_the_key_of_an_unclean_file_is_the_digest_of_what_is_served(
     served = (await client.get(f"/media/{key}")).content
     assert served != part.data
     assert key.partition(".")[0] == hashlib.sha256(served).hexdigest()
+
+
+class Disk:
+    """What is asked of the disk, by the inodes it is asked of, in order."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.synced: list[tuple[int, int]] = []
+        """Each inode that was synced, with its size then."""
+        self.named: dict[str, tuple[int, int]] = {}
+        """Each name that was given: to which inode, and after how many of `synced`."""
+        for name in ("fsync", "fdatasync"):
+            patch.setattr(os, name, self._recorded_sync(getattr(os, name)), raising=False)
+        for name in ("rename", "replace", "link"):
+            patch.setattr(os, name, self._recorded_naming(getattr(os, name)))
+
+    def _recorded_sync(self, sync: Callable[[int], None]) -> Callable[[int], None]:
+        def record(descriptor: int) -> None:
+            sync(descriptor)
+            status = os.fstat(descriptor)
+            self.synced.append((status.st_ino, status.st_size))
+
+        return record
+
+    def _recorded_naming(self, give_name: Callable[..., None]) -> Callable[..., None]:
+        def record(source: Path, target: Path, **options: object) -> None:
+            inode = Path(source).stat().st_ino
+            self.named[str(target)] = (inode, len(self.synced))
+            give_name(source, target, **options)
+
+        return record
+
+    def was_synced_before_it_had_its_name(self, path: Path) -> bool:
+        inode, count = self.named[str(path)]
+        status = path.stat()
+        return status.st_ino == inode and (inode, status.st_size) in self.synced[:count]
+
+    def was_named_durably(self, path: Path) -> bool:
+        _, count = self.named[str(path)]
+        return path.parent.stat().st_ino in {inode for inode, _ in self.synced[count:]}
+
+
+async def test_a_file_is_synced_before_it_has_its_key_and_its_folder_before_the_answer(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    media = tmp_path / "media"
+    monkeypatch.setattr(settings, "MEDIA_ROOT", media)
+    app = create_app(make_url(database_url))
+    starlette = app.app
+    assert isinstance(starlette, Starlette)
+    async with starlette.router.lifespan_context(starlette) as state:
+
+        async def with_state(scope: Scope, receive: Receive, send: Send) -> None:
+            await app({**scope, "state": state}, receive, send)
+
+        disk = Disk(monkeypatch)
+        transport = httpx2.ASGITransport(with_state)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            # One of them is as it came, one is replaced by its cleaned copy.
+            answer = await post(client, image(JPEG), video(tagged_movie()))
+        assert answer.content == b"{}"
+        keys = kept(media)
+        assert len(keys) == 2
+        for key in keys:
+            assert disk.was_synced_before_it_had_its_name(media / key), key
+            assert disk.was_named_durably(media / key), key
+        await until(lambda: any(media.glob(f"*{THUMBNAIL}")))
+        (thumbnail,) = media.glob(f"*{THUMBNAIL}")
+        assert disk.was_synced_before_it_had_its_name(thumbnail)
 
 
 async def test_what_is_known_of_a_file_is_in_the_table(
