@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import io
 import os
+import time
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ from starlette.applications import Starlette
 
 from chatterd import settings
 from chatterd.app import create_app
+from chatterd.errors import Problem
+from chatterd.media_room import Room
 from tests.conftest import client_of
 from tests.metadata_parts import tagged_movie, tagged_webm
 from tests.multipart import (
@@ -334,6 +337,32 @@ async def test_the_disk_keeps_what_is_to_stay_free(start_server: StartServer) ->
         assert str(floor) in problem(await post(client, image(JPEG)), 507)
         await until(lambda: files(server.media) == [])
         assert (await post(client)).content == b"{}"  # a text needs no room there
+
+
+async def test_a_disk_without_room_refuses_an_upload_before_anything_is_written(
+    start_server: StartServer,
+) -> None:
+    server = start_server(MEDIA_FREE_FLOOR=str(2**50))
+    before = (server.media / ".incoming").stat().st_mtime_ns
+    form = encode(*fields(), video(longer_mp4(600_000)))
+    async with connect(server.url) as wire:
+        kind = f"Content-Type: {form_type()['Content-Type']}"
+        await wire.request("POST", "/postimages", kind, f"Content-Length: {len(form)}")
+        await wire.send(form[:500_000])
+        problem(await wire.answer("POST"), 507)  # the rest is not waited for
+    assert (server.media / ".incoming").stat().st_mtime_ns == before
+
+
+def test_what_is_about_to_be_written_has_its_room_when_the_folder_is_counted_again(
+    tmp_path: Path,
+) -> None:
+    room = Room(tmp_path, 1_000, 0)
+    with room.taken(600):
+        # It is counted again when a second has passed.
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline:
+            with pytest.raises(Problem, match="1000"), room.taken(600):
+                pass
 
 
 async def test_more_uploads_than_allowed_are_told_to_come_again(
