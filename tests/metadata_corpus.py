@@ -35,29 +35,30 @@ MEDIA_TYPES: Final = {
 
 # What may be said of a cleaned file: how it is encoded, and what chatterd.metadata wants to keep.
 _TAGS_LEFT: Final = """
-    AVCConfiguration AnimationFrames AnimationIterations AnimationLoopCount AnimationPlays
-    AudioBitsPerSample AudioChannels AudioFormat AudioSampleRate AuxiliaryImageType AverageBitrate
-    AverageFrameRate AvgBitrate BackgroundColor Balance BitDepth BitDepthChroma BitDepthLuma
-    BitsPerPixel BitsPerSample BufferSize ChromaFormat CleanAperture CodecID ColorComponents
-    ColorPrimaries ColorProfiles ColorResolutionDepth ColorTransform ColorType CompatibleBrands
-    Compression CompressorID ConstantFrameRate ConstraintIndicatorFlags CueClusterPosition CueTime
-    CueTrack CurrentTime DCTEncodeVersion DocType DocTypeReadVersion DocTypeVersion Duration
-    EBMLMaxIDLength EBMLMaxSizeLength EBMLReadVersion EBMLVersion EncodingProcess ExifByteOrder
-    FileType FileTypeExtension Filter FrameCount GIFVersion GenProfileCompatibilityFlags
-    GeneralLevelIDC GeneralProfileIDC GeneralProfileSpace GeneralTierFlag GraphicsMode
-    HEVCConfigurationVersion HandlerClass HandlerType HasColorMap HorizontalScale ImageHeight
-    ImagePixelDepth ImageSize ImageSpatialExtent ImageWidth Interlace JFIFVersion LayoutFlags
-    MIMEType MajorBrand MatrixCoefficients MatrixStructure MaxBitrate MediaDataOffset MediaDataSize
-    MediaDuration MediaHeaderVersion MediaLanguageCode MediaTimeScale Megapixels
-    MinSpatialSegmentationIDC MinorVersion MovieFragmentSequence MovieHeaderVersion NextTrackID
-    NumTemporalLayers OpColor Orientation Palette ParallelismType PixelAspectRatio PixelUnits
-    PixelsPerUnitX PixelsPerUnitY PosterTime PreferredRate PreferredVolume PreviewDuration
-    PreviewTime PrimaryItemReference ProfileName PurchaseFileFormat ResolutionUnit Rotation
-    SelectionDuration SelectionTime SourceImageHeight SourceImageWidth TemporalIDNested TimeScale
-    TimecodeScale TrackDefault TrackDuration TrackHeaderVersion TrackID TrackLacing TrackLanguage
-    TrackLayer TrackNumber TrackType TrackUID TrackVolume TransferCharacteristics TransparentColor
-    Transparency VP8Version VerticalScale VideoFieldOrder VideoFrameRate VideoScanType WebP_Flags
-    XResolution YCbCrSubSampling YResolution
+    AVCConfiguration AlphaCompression AlphaFiltering AlphaPreprocessing AnimationFrames
+    AnimationIterations AnimationLoopCount AnimationPlays AudioBitsPerSample AudioChannels
+    AudioFormat AudioSampleRate AuxiliaryImageType AverageBitrate AverageFrameRate AvgBitrate
+    BackgroundColor Balance BitDepth BitDepthChroma BitDepthLuma BitsPerPixel BitsPerSample
+    BufferSize ChromaFormat CleanAperture CodecID ColorComponents ColorPrimaries ColorProfiles
+    ColorResolutionDepth ColorTransform ColorType CompatibleBrands Compression CompressorID
+    ConstantFrameRate ConstraintIndicatorFlags CueClusterPosition CueTime CueTrack CurrentTime
+    DCTEncodeVersion DocType DocTypeReadVersion DocTypeVersion Duration EBMLMaxIDLength
+    EBMLMaxSizeLength EBMLReadVersion EBMLVersion EncodingProcess ExifByteOrder FileType
+    FileTypeExtension Filter FrameCount GIFVersion GenProfileCompatibilityFlags GeneralLevelIDC
+    GeneralProfileIDC GeneralProfileSpace GeneralTierFlag GraphicsMode HEVCConfigurationVersion
+    HandlerClass HandlerType HasColorMap HorizontalScale ImageHeight ImagePixelDepth ImageSize
+    ImageSpatialExtent ImageWidth Interlace JFIFVersion LayoutFlags MIMEType MajorBrand
+    MatrixCoefficients MatrixStructure MaxBitrate MediaDataOffset MediaDataSize MediaDuration
+    MediaHeaderVersion MediaLanguageCode MediaTimeScale Megapixels MinSpatialSegmentationIDC
+    MinorVersion MovieFragmentSequence MovieHeaderVersion NextTrackID NumTemporalLayers OpColor
+    Orientation Palette ParallelismType PixelAspectRatio PixelUnits PixelsPerUnitX PixelsPerUnitY
+    PosterTime PreferredRate PreferredVolume PreviewDuration PreviewTime PrimaryItemReference
+    ProfileName PurchaseFileFormat ResolutionUnit Rotation SelectionDuration SelectionTime
+    SourceImageHeight SourceImageWidth TemporalIDNested TimeScale TimecodeScale TrackDefault
+    TrackDuration TrackHeaderVersion TrackID TrackLacing TrackLanguage TrackLayer TrackNumber
+    TrackType TrackUID TrackVolume TransferCharacteristics Transparency TransparentColor VP8Version
+    VerticalScale VideoFieldOrder VideoFrameRate VideoScanType WebP_Flags XResolution
+    YCbCrSubSampling YResolution
 """
 _NOTHING: Final = ("", "0000:00:00 00:00:00", "(none)")
 

@@ -7,8 +7,10 @@ import re
 import shutil
 from typing import TYPE_CHECKING, NamedTuple
 
+import psutil
 import pytest
 
+from tests.conftest import client_of
 from tests.multipart import (
     connect,
     encode,
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     import httpx2
 
-    from tests.multipart import Server
+    from tests.multipart import Server, StartServer
 
 DATA = longer_mp4(len(MP4) + 2056, bytes(range(256)))
 SIZE = len(DATA)
@@ -65,6 +67,24 @@ async def test_a_file_is_served_with_every_header_of_the_contract(
     assert "default-src 'none'" in policy
     assert re.fullmatch(r'"[\x21\x23-\x7e]+"', headers["etag"])
     assert "set-cookie" not in headers
+
+
+async def test_a_server_stays_small_while_it_serves_a_large_file(start_server: StartServer) -> None:
+    server = start_server()
+    size = 200 * 2**20
+    with (server.media / f"{'0' * 64}.mp4").open("wb") as file:
+        file.truncate(size)
+    process = psutil.Process(server.pid)
+    async with client_of(server) as client:
+        assert (await client.get("/v1/limits")).status_code == 200
+        idle = most = process.memory_info().rss
+        received = 0
+        async with client.stream("GET", f"/media/{'0' * 64}.mp4") as response:
+            async for chunk in response.aiter_raw():
+                received += len(chunk)
+                most = max(most, process.memory_info().rss)
+    assert received == size
+    assert most - idle < 16 * 2**20
 
 
 async def test_both_slash_forms_answer_directly(client: httpx2.AsyncClient, stored: Stored) -> None:

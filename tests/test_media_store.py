@@ -6,13 +6,24 @@ import asyncio
 import hashlib
 import io
 import os
+import time
 import zlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+import httpx2
+import pytest
 from PIL import Image
+from sqlalchemy.engine import make_url
+from starlette.applications import Starlette
 
+from chatterd import settings
+from chatterd.app import create_app
+from chatterd.errors import Problem
+from chatterd.media_room import Room
 from tests.conftest import client_of
+from tests.metadata_parts import tagged_movie, tagged_webm
 from tests.multipart import (
     THUMBNAIL,
     connect,
@@ -30,9 +41,13 @@ from tests.multipart import (
 from tests.samples import JPEG, MP4, PNG, VIDEOS, longer_jpeg, longer_mp4
 
 if TYPE_CHECKING:
-    import httpx2
+    from collections.abc import Callable
+
+    from starlette.types import Receive, Scope, Send
 
     from tests.multipart import Connection, Part, Server, StartServer
+
+BEHIND = b"bytes behind the end of a picture"
 
 
 async def post(client: httpx2.AsyncClient, *parts: Part) -> httpx2.Response:
@@ -80,6 +95,94 @@ async def test_bytes_that_differ_in_metadata_alone_are_one_file(
     assert len(kept(server.media)) == 1
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(image(JPEG + BEHIND), id="a small picture"),
+        # Longer than what is cleaned before it is written.
+        pytest.param(image(longer_jpeg(600_000) + BEHIND), id="a large picture"),
+        pytest.param(video(tagged_movie()), id="an MP4 video"),
+        pytest.param(video(tagged_webm()), id="a WebM video"),
+    ],
+)
+async def test_the_key_of_an_unclean_file_is_the_digest_of_what_is_served(
+    server: Server, client: httpx2.AsyncClient, part: Part
+) -> None:
+    assert (await post(client, part)).content == b"{}"
+    (key,) = kept(server.media)
+    served = (await client.get(f"/media/{key}")).content
+    assert served != part.data
+    assert key.partition(".")[0] == hashlib.sha256(served).hexdigest()
+
+
+class Disk:
+    """What is asked of the disk, by the inodes it is asked of, in order."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.synced: list[tuple[int, int]] = []
+        """Each inode that was synced, with its size then."""
+        self.named: dict[str, tuple[int, int]] = {}
+        """Each name that was given: to which inode, and after how many of `synced`."""
+        for name in ("fsync", "fdatasync"):
+            patch.setattr(os, name, self._recorded_sync(getattr(os, name)), raising=False)
+        for name in ("rename", "replace", "link"):
+            patch.setattr(os, name, self._recorded_naming(getattr(os, name)))
+
+    def _recorded_sync(self, sync: Callable[[int], None]) -> Callable[[int], None]:
+        def record(descriptor: int) -> None:
+            sync(descriptor)
+            status = os.fstat(descriptor)
+            self.synced.append((status.st_ino, status.st_size))
+
+        return record
+
+    def _recorded_naming(self, give_name: Callable[..., None]) -> Callable[..., None]:
+        def record(source: Path, target: Path, **options: object) -> None:
+            inode = Path(source).stat().st_ino
+            self.named[str(target)] = (inode, len(self.synced))
+            give_name(source, target, **options)
+
+        return record
+
+    def was_synced_before_it_had_its_name(self, path: Path) -> bool:
+        inode, count = self.named[str(path)]
+        status = path.stat()
+        return status.st_ino == inode and (inode, status.st_size) in self.synced[:count]
+
+    def was_named_durably(self, path: Path) -> bool:
+        _, count = self.named[str(path)]
+        return path.parent.stat().st_ino in {inode for inode, _ in self.synced[count:]}
+
+
+async def test_a_file_is_synced_before_it_has_its_key_and_its_folder_before_the_answer(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    media = tmp_path / "media"
+    monkeypatch.setattr(settings, "MEDIA_ROOT", media)
+    app = create_app(make_url(database_url))
+    starlette = app.app
+    assert isinstance(starlette, Starlette)
+    async with starlette.router.lifespan_context(starlette) as state:
+
+        async def with_state(scope: Scope, receive: Receive, send: Send) -> None:
+            await app({**scope, "state": state}, receive, send)
+
+        disk = Disk(monkeypatch)
+        transport = httpx2.ASGITransport(with_state)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            # One of them is as it came, one is replaced by its cleaned copy.
+            answer = await post(client, image(JPEG), video(tagged_movie()))
+        assert answer.content == b"{}"
+        keys = kept(media)
+        assert len(keys) == 2
+        for key in keys:
+            assert disk.was_synced_before_it_had_its_name(media / key), key
+            assert disk.was_named_durably(media / key), key
+        await until(lambda: any(media.glob(f"*{THUMBNAIL}")))
+        (thumbnail,) = media.glob(f"*{THUMBNAIL}")
+        assert disk.was_synced_before_it_had_its_name(thumbnail)
+
+
 async def test_what_is_known_of_a_file_is_in_the_table(
     client: httpx2.AsyncClient, database: Connection
 ) -> None:
@@ -122,6 +225,17 @@ async def test_a_thumbnail_is_served_behind_the_pictures_address(
     assert (again.status_code, again.content) == (304, b"")
     part = await client.get(url + "?thumb=1", headers={"Range": "bytes=0-3"})
     assert (part.status_code, part.content) == (206, b"RIFF")
+
+
+async def test_a_thumbnail_is_made_before_anybody_asks_for_it(
+    server: Server, client: httpx2.AsyncClient
+) -> None:
+    assert (await post(client, image(photo(1200, 800)))).content == b"{}"
+    (key,) = kept(server.media)
+    thumbnail = server.media / (key + THUMBNAIL)
+    await until(thumbnail.exists)
+    with Image.open(thumbnail) as reduced:
+        assert (reduced.format, reduced.size) == ("WEBP", (512, 341))
 
 
 async def test_a_video_has_no_thumbnail(client: httpx2.AsyncClient) -> None:
@@ -223,6 +337,32 @@ async def test_the_disk_keeps_what_is_to_stay_free(start_server: StartServer) ->
         assert str(floor) in problem(await post(client, image(JPEG)), 507)
         await until(lambda: files(server.media) == [])
         assert (await post(client)).content == b"{}"  # a text needs no room there
+
+
+async def test_a_disk_without_room_refuses_an_upload_before_anything_is_written(
+    start_server: StartServer,
+) -> None:
+    server = start_server(MEDIA_FREE_FLOOR=str(2**50))
+    before = (server.media / ".incoming").stat().st_mtime_ns
+    form = encode(*fields(), video(longer_mp4(600_000)))
+    async with connect(server.url) as wire:
+        kind = f"Content-Type: {form_type()['Content-Type']}"
+        await wire.request("POST", "/postimages", kind, f"Content-Length: {len(form)}")
+        await wire.send(form[:500_000])
+        problem(await wire.answer("POST"), 507)  # the rest is not waited for
+    assert (server.media / ".incoming").stat().st_mtime_ns == before
+
+
+def test_what_is_about_to_be_written_has_its_room_when_the_folder_is_counted_again(
+    tmp_path: Path,
+) -> None:
+    room = Room(tmp_path, 1_000, 0)
+    with room.taken(600):
+        # It is counted again when a second has passed.
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline:
+            with pytest.raises(Problem, match="1000"), room.taken(600):
+                pass
 
 
 async def test_more_uploads_than_allowed_are_told_to_come_again(

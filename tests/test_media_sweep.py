@@ -337,6 +337,18 @@ async def test_a_server_sweeps_again_and_again_and_says_so_only_when_something_w
     assert len(caplog.messages) == 2
 
 
+async def test_a_server_sweeps_nothing_that_an_upload_of_the_longest_time_may_need(
+    store: Store, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = 4 * 3600
+    monkeypatch.setattr(settings, "UPLOAD_TIMEOUT", longest)
+    needed = {store.put(f".incoming/{'0' * 32}", age=longest), store.store(b"a", age=longest)}
+    left = {store.put(f".incoming/{'1' * 32}", age=2 * longest), store.store(b"b", age=2 * longest)}
+    async with swept(database, store.root, first_seconds=0):
+        await until(lambda: not any(name in store for name in left))
+    assert all(name in store for name in needed)
+
+
 async def test_a_server_that_stops_while_it_sweeps_leaves_nothing_moved_away(
     store: Store, database: Database
 ) -> None:
