@@ -39,6 +39,7 @@ INCOMING: Final = ".incoming"
 """The folder, below the media folder, of what is arriving."""
 THUMBNAIL_SUFFIX: Final = ".thumb.webp"
 """What a thumbnail's file is called behind the picture's key. An empty one: there is none."""
+_NAME_MAX: Final = 255  # bytes of a file's name, on Linux and macOS
 # For what arrives. More would wait for each other, and the requests beside them for all.
 _THREADS: Final = 2
 _KEY: Final = re.compile(r"([0-9a-f]{64})\.[a-z0-9]+")
@@ -183,6 +184,8 @@ class MediaStore:
                 {"key": keys[slot], "size": upload.size, "width": size[0], "height": size[1]}
             )
         if rows:
+            # Two that upload the same files must not wait for each other's rows.
+            rows.sort(key=lambda row: str(row["key"]))
             async with self._database.transaction() as session:
                 await session.execute(upsert_media(), rows)
             moves = [(upload.path, self.root / keys[slot]) for slot, upload in uploads.items()]
@@ -213,8 +216,10 @@ class MediaStore:
         if picture is None or not media_type_of(picture).startswith("image/"):
             return None
         path = _thumbnail_path(picture)
+        if len(os.fsencode(path.name)) > _NAME_MAX:
+            return None
         if not await to_thread.run_sync(path.exists):
-            if not await to_thread.run_sync(picture.is_file):
+            if not await to_thread.run_sync(_is_file, picture):
                 return None
             # Others may be waiting for it, too.
             await asyncio.shield(self._begin_thumbnail(key))
@@ -251,12 +256,15 @@ class MediaStore:
                 raise
             data = b""  # what cannot be decoded is not tried again
         place = self.incoming / uuid.uuid4().hex
-        await to_thread.run_sync(self._write, place, data)
-        await to_thread.run_sync(self._move_thumbnail, place, picture)
+        await to_thread.run_sync(self._keep_thumbnail, place, data, picture)
 
-    def _move_thumbnail(self, place: Path, picture: Path) -> None:
+    def _keep_thumbnail(self, place: Path, data: bytes, picture: Path) -> None:
         thumbnail = _thumbnail_path(picture)
-        self._move([(place, thumbnail)])
+        try:
+            self._write(place, data)
+            self._move([(place, thumbnail)])
+        finally:
+            place.unlink(missing_ok=True)
         if not picture.exists():  # it was removed meanwhile, and its thumbnail was not there yet
             thumbnail.unlink(missing_ok=True)
 
@@ -288,6 +296,10 @@ def digest_of_key(key: str) -> str | None:
 def media_type_of(path: Path) -> str:
     """Return the media type that a file is served with."""
     return _MEDIA_TYPES.get(path.suffix.lower(), "application/octet-stream")
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def _thumbnail_path(path: Path) -> Path:

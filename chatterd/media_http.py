@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import stat
 from collections.abc import AsyncIterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -25,9 +26,11 @@ async def media_response(path: Path | None, method: str, headers: Headers) -> Re
 
     Raises `Problem` 404 when there is no such file, 416 when no byte of it is asked for.
     """
+    if path is None:
+        raise _not_found()
     file, size, etag = await to_thread.run_sync(_open, path)
     answer_headers = {
-        "content-type": media_type_of(Path(file.name)),
+        "content-type": media_type_of(path),
         "accept-ranges": "bytes",
         "etag": f'"{etag}"',
         "cache-control": "public, max-age=31536000, immutable",
@@ -55,15 +58,18 @@ async def media_response(path: Path | None, method: str, headers: Headers) -> Re
     return _FileResponse(file, start, stop, status, answer_headers)
 
 
-def _open(path: Path | None) -> tuple[BinaryIO, int, str]:
+def _open(path: Path) -> tuple[BinaryIO, int, str]:
     """Return the open file, its size, and its ETag: the digest of its content, on every node."""
     try:
-        if path is None:
-            raise FileNotFoundError
-        file = path.open("rb", buffering=0)
-    except OSError as error:  # not there, a folder, a name too long for the file system
+        # A link is not followed, a pipe not waited for, should one have come into the folder.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:  # not there, a link, a name too long for the file system
         raise _not_found() from error
-    status = os.fstat(file.fileno())
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise _not_found()
+    file = open(descriptor, "rb", buffering=0)  # noqa: PTH123, SIM115 - a descriptor; the answer's
     if not status.st_size and path.name.endswith(THUMBNAIL_SUFFIX):
         file.close()
         raise _not_found()

@@ -79,13 +79,19 @@ class PictureReader:
                 {"Retry-After": "1"},
             )
         async with self._turn:
-            # anyio forgets a worker, without ending it, when it is cancelled while this starts.
-            self._starting = asyncio.create_task(self._start())
-            await asyncio.shield(self._starting)
-            outcome = await self._decode(question, path)
+            outcome = await self._try(question, path)
+            if outcome is None:  # that may have been an accident: what comes first out of memory
+                outcome = await self._try(question, path) or _UNDECODABLE
         if isinstance(outcome, _Refusal):
             raise outcome.problem()
         return outcome
+
+    async def _try(self, question: "_Question[T]", path: Path) -> "T | _Refusal | None":
+        """Ask a worker that runs; None when it died."""
+        # anyio forgets a worker, without ending it, when it is cancelled while this starts.
+        self._starting = asyncio.create_task(self._start())
+        await asyncio.shield(self._starting)
+        return await self._decode(question, path)
 
     async def _start(self) -> None:
         """Start the worker unless it runs, and have it set its limits."""
@@ -99,8 +105,11 @@ class PictureReader:
         async with asyncio.timeout(_START_SECONDS):  # more than anyio takes to give up a start
             await to_process.run_sync(_limit, memory, cancellable=True, limiter=self._worker)
 
-    async def _decode(self, question: "_Question[T]", path: Path) -> "T | _Refusal":
-        """Let the worker look at the picture; it is killed when that takes too long."""
+    async def _decode(self, question: "_Question[T]", path: Path) -> "T | _Refusal | None":
+        """Let the worker look at the picture; it is killed when that takes too long.
+
+        None when it died.
+        """
         try:
             async with asyncio.timeout(self._deadline_seconds):
                 return await to_process.run_sync(
@@ -113,9 +122,10 @@ class PictureReader:
                 )
         except TimeoutError:
             logger.warning("A picture took more than %g s to decode", self._deadline_seconds)
+            return _UNDECODABLE
         except BrokenWorkerProcess:
-            logger.warning("The process that decodes pictures died of one")
-        return _UNDECODABLE
+            logger.warning("The process that decodes pictures died at one")
+            return None
 
 
 class _Refusal(NamedTuple):

@@ -168,8 +168,8 @@ def _config(listener: socket.socket, address: Address) -> Config:
     # Through our own handler, and only once.
     config.errorlog = logging.getLogger("hypercorn.error")
     config.errorlog.setLevel(logging.WARNING)  # the start is announced in our own words
-    # Parts of a body that wait for the application, of 64 KiB each. With room for two, Hypercorn was
-    # seen to wait for itself and to keep connections whose client had left.
+    # Parts of a body that wait for the application, of 64 KiB each. With room for two, Hypercorn
+    # was seen to wait for itself and to keep connections whose client had left.
     config.max_app_queue_size = 4
     config.include_server_header = False
     config.graceful_timeout = 0.5  # requests had their time before

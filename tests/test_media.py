@@ -279,19 +279,25 @@ async def test_a_reader_who_has_another_file_gets_this_one(
 
 @pytest.fixture
 def traps(server: Server, stored: Stored) -> Iterator[Path]:
-    """What a traversal would find: a file beside the media, a hidden one, a folder with one."""
+    """What a traversal would find: a file beside the media, a hidden one, a folder with one.
+
+    Also a link to it, and a pipe, at which whoever opens it would wait.
+    """
     assert stored
     secret = server.media.parent / "secret.jpg"
     hidden = server.media / ".hidden.jpg"
     folder = server.media / "sub"
     folder.mkdir()
+    link, pipe = server.media / "link.jpg", server.media / "pipe.jpg"
     for trap in (secret, hidden, folder / "inside.jpg"):
         trap.write_bytes(JPEG + SECRET)
+    link.symlink_to(secret)
+    os.mkfifo(pipe)
     try:
         yield secret
     finally:
-        secret.unlink()
-        hidden.unlink()
+        for trap in (secret, hidden, link, pipe):
+            trap.unlink()
         shutil.rmtree(folder)
 
 
@@ -330,6 +336,10 @@ def traps(server: Server, stored: Stored) -> Iterator[Path]:
         pytest.param("/media/sub/", id="a folder with a slash"),
         pytest.param("/media/sub/inside.jpg", id="in a folder"),
         pytest.param("/media/sub%2finside.jpg", id="in a folder, escaped"),
+        pytest.param("/media/link.jpg", id="a link"),
+        pytest.param("/media/pipe.jpg", id="a pipe"),
+        pytest.param("/media/link.jpg?thumb", id="the thumbnail of a link"),
+        pytest.param("/media/pipe.jpg?thumb", id="the thumbnail of a pipe"),
         pytest.param("/media/%00", id="NUL"),
         pytest.param("{path}%00", id="the key and NUL"),
         pytest.param("{path}%00.jpg", id="the key, NUL and an extension"),
@@ -340,6 +350,8 @@ def traps(server: Server, stored: Stored) -> Iterator[Path]:
         pytest.param("{path}/..", id="below the key and up"),
         pytest.param("/media/" + "a" * 255 + ".jpg", id="overlong"),
         pytest.param("/media/" + "a" * 5000, id="longer than a path"),
+        pytest.param("/media/" + "a" * 244 + ".jpg?thumb", id="an overlong thumbnail"),
+        pytest.param("/media/" + "a" * 5000 + ".jpg?thumb", id="a thumbnail longer than a path"),
         pytest.param("/media/%ff%fe.jpg", id="not UTF-8"),
         pytest.param("/media/%ed%a0%80.jpg", id="surrogate"),
         pytest.param("/media/%E6%97%A5.jpg", id="Chinese"),

@@ -516,8 +516,19 @@ async def test_the_largest_pictures_do_not_make_the_server_larger(describe: Desc
     assert psutil.Process().memory_info().rss - before < 50 * 2**20
 
 
-async def test_a_worker_that_is_killed_takes_one_picture_with_it(describe: Describe) -> None:
+async def test_a_picture_whose_worker_is_killed_is_read_by_another(describe: Describe) -> None:
     describing = describe(slow_png())
+    (await busy()).kill()
+    assert (await describing).width == 7000
+
+
+async def test_a_picture_whose_worker_dies_twice_is_refused_and_the_next_is_not(
+    describe: Describe,
+) -> None:
+    describing = describe(slow_png())
+    first = await busy()
+    first.kill()
+    await until(lambda: first not in workers())
     (await busy()).kill()
     await assert_refused(describing, "image-undecodable")
     assert (await describe(samples.PNG)).width == 2
