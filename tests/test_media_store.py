@@ -86,16 +86,6 @@ async def test_the_same_bytes_are_one_file_under_their_digest(
     assert kept(server.media).keys() == {picture, movie}
 
 
-async def test_the_same_files_at_once_do_not_wait_for_each_other(
-    client: httpx2.AsyncClient,
-) -> None:
-    # In either order, so that each would hold what the other wants.
-    orders = [(image(JPEG), video(MP4)), (video(MP4), image(JPEG))] * 8
-    for _ in range(5):
-        answers = await asyncio.gather(*(post(client, *parts) for parts in orders))
-        assert {answer.status_code for answer in answers} == {200}
-
-
 async def test_bytes_that_differ_in_metadata_alone_are_one_file(
     server: Server, client: httpx2.AsyncClient
 ) -> None:
