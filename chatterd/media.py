@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import re
+import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -219,7 +220,7 @@ class MediaStore:
         if len(os.fsencode(path.name)) > _NAME_MAX:
             return None
         if not await to_thread.run_sync(path.exists):
-            if not await to_thread.run_sync(_is_file, picture):
+            if not await to_thread.run_sync(is_file, picture):
                 return None
             # Others may be waiting for it, too.
             await asyncio.shield(self._begin_thumbnail(key))
@@ -298,8 +299,12 @@ def media_type_of(path: Path) -> str:
     return _MEDIA_TYPES.get(path.suffix.lower(), "application/octet-stream")
 
 
-def _is_file(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
+def is_file(path: Path) -> bool:
+    """Tell whether there is a file that is served: no link, no pipe."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:  # not there, a name too long for the file system
+        return False
 
 
 def _thumbnail_path(path: Path) -> Path:

@@ -13,7 +13,7 @@ from typing import Final, TypeAlias, TypeVar
 from anyio import to_thread
 
 from chatterd.database import Database, SchemaError
-from chatterd.media import INCOMING, THUMBNAIL_SUFFIX, is_key
+from chatterd.media import INCOMING, THUMBNAIL_SUFFIX, is_file, is_key
 from chatterd.models import media_is_whole, media_named
 
 T = TypeVar("T")
@@ -63,14 +63,7 @@ async def find_named(database: Database, paths: Collection[str]) -> set[str]:
 
 def without_file(root: Path, keys: Sequence[str]) -> list[str]:
     """Return the keys of which no file is there; each is looked at."""
-    return [key for key in keys if not (_can_be_named(key) and _is_file(root / key))]
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return stat.S_ISREG(path.lstat().st_mode)
-    except OSError:  # not there, a name too long for the file system
-        return False
+    return [key for key in keys if not (_can_be_named(key) and is_file(root / key))]
 
 
 def _can_be_named(path: str) -> bool:
