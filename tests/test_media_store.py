@@ -22,7 +22,7 @@ from chatterd import settings
 from chatterd.app import create_app
 from chatterd.errors import Problem
 from chatterd.media_room import Room
-from tests.conftest import client_of
+from tests.conftest import client_of, connected
 from tests.metadata_parts import tagged_movie, tagged_webm
 from tests.multipart import (
     THUMBNAIL,
@@ -43,6 +43,7 @@ from tests.samples import JPEG, MP4, PNG, VIDEOS, longer_jpeg, longer_mp4
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import asyncpg
     from starlette.types import Receive, Scope, Send
 
     from tests.multipart import Connection, Part, Server, StartServer
@@ -84,6 +85,25 @@ async def test_the_same_bytes_are_one_file_under_their_digest(
         assert answer.headers["etag"] == f'"{digest[:32]}"'
     picture, movie = map(key_of, first[4:])
     assert kept(server.media).keys() == {picture, movie}
+
+
+async def test_an_upload_that_waits_for_another_holds_nothing_that_the_other_may_want(
+    own_database: str, psql: asyncpg.Connection, start_server: StartServer
+) -> None:
+    server = start_server(DATABASE_URL=own_database)
+    parts = {"image": image(JPEG), "video": video(MP4)}
+    async with client_of(server) as client, connected(own_database) as other:
+        assert (await post(client, *parts.values())).content == b"{}"
+        urls = dict(zip(parts, map(key_of, await newest_urls(client)), strict=True))
+        first, last = sorted(urls, key=urls.__getitem__)
+        lock = "SELECT FROM media WHERE key = $1 FOR UPDATE NOWAIT"
+        async with psql.transaction():
+            await psql.execute(lock, urls[first])
+            uploading = asyncio.create_task(post(client, parts[last], parts[first]))
+            while not await other.fetchval("SELECT exists(SELECT FROM pg_locks WHERE NOT granted)"):
+                assert not uploading.done()
+            await other.execute(lock, urls[last])
+        assert (await uploading).content == b"{}"
 
 
 async def test_bytes_that_differ_in_metadata_alone_are_one_file(
