@@ -9,7 +9,7 @@ import asyncio
 import json
 import math
 import socket
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import urlencode, urlsplit
 
@@ -17,8 +17,12 @@ import h11
 import wsproto
 from wsproto import events as ws
 
+from tests.multipart import until
+
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+
+    from tests.multipart import Connection
 
 _CHUNK_BYTES = 65_536
 
@@ -312,6 +316,79 @@ async def frames(line: Line, connection: wsproto.WSConnection) -> AsyncGenerator
         if not data:
             raise Cut
         connection.receive_data(data)
+
+
+async def post(line: Line, message: str) -> tuple[str, str]:
+    """Post a chatt; return its id and what it is deleted with."""
+    body = json.dumps({"name": "ann", "message": message}).encode()
+    answer = await line.ask("POST", "/v1/chatts", body)
+    assert answer.status == 201, answer
+    return answer.json["id"], answer.json["delete_token"]
+
+
+async def shown(psql: Connection) -> dict[str, dict[str, Any]]:
+    """Return the chatts that are in the database, as they should be shown."""
+    rows = await psql.fetch("""
+        SELECT id::text, name, message,
+            to_char(time AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS time, image, video
+        FROM chatts WHERE NOT deleted
+    """)
+    return {row["id"]: dict(row) for row in rows}
+
+
+class Timeline:
+    """A client's screen: it follows, fetches all anew after a reset, and comes back when cut."""
+
+    def __init__(self, url: str, kind: str) -> None:
+        self._url = url
+        self._follow = FOLLOWS[kind]
+        self.cursor: str | None = None
+        self.shown: dict[str, Any] = {}
+        self.order: list[str] = []
+        """The messages as they came."""
+        self.connects = 0
+        self.resets = 0
+
+    async def run(self) -> None:
+        while True:
+            with suppress(Cut, ConnectionError):
+                async with (
+                    connect(self._url) as line,
+                    aclosing(self._follow(line, self.cursor)) as batches,
+                ):
+                    self.connects += 1
+                    async for batch in batches:
+                        for change in batch.changes:
+                            await self._take(change)
+                        self.cursor = batch.cursor
+            await asyncio.sleep(0.05)
+
+    async def _take(self, change: Change) -> None:
+        match change.kind:
+            case "chatt":
+                self.shown[change.data["id"]] = change.data
+                self.order.append(change.data["message"])
+            case "delete":
+                self.shown.pop(change.data["id"], None)
+            case _:
+                self.resets += 1
+                async with connect(self._url) as line:
+                    answer = await line.ask("GET", "/v1/chatts?limit=500")
+                if answer.status != 200:
+                    raise Cut
+                self.shown = {chatt["id"]: chatt for chatt in answer.json["chatts"]}
+
+
+@asynccontextmanager
+async def timelines(url: str, kind: str, count: int = 1) -> AsyncIterator[list[Timeline]]:
+    """Keep timelines that have begun to follow; what fails in them fails here."""
+    found = [Timeline(url, kind) for _ in range(count)]
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(timeline.run()) for timeline in found]
+        await until(lambda: all(timeline.cursor is not None for timeline in found))
+        yield found
+        for task in tasks:
+            task.cancel()
 
 
 FOLLOWS: Mapping[str, Follow] = {"stream": stream, "poll": poll, "websocket": websocket}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
 from contextlib import AsyncExitStack, aclosing, suppress
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 
-from tests.live import FOLLOWS, Batch, Cut, connect
+from tests.live import FOLLOWS, Batch, Cut, connect, post, shown
 from tests.multipart import until
 
 if TYPE_CHECKING:
@@ -40,11 +39,6 @@ HISTORY = """
     END $$;
     CREATE TRIGGER remember AFTER INSERT OR UPDATE ON chatts
         FOR EACH ROW EXECUTE FUNCTION remember();
-"""
-TABLE = """
-    SELECT id::text, name, message,
-        to_char(time AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS time, image, video
-    FROM chatts WHERE NOT deleted
 """
 
 
@@ -126,13 +120,6 @@ class Writer:
         assert answer.status == 204, answer
 
 
-async def post(line: Line, message: str) -> tuple[str, str]:
-    body = json.dumps({"name": "ann", "message": message}).encode()
-    answer = await line.ask("POST", "/v1/chatts", body)
-    assert answer.status == 201, answer
-    return answer.json["id"], answer.json["delete_token"]
-
-
 async def test_readers_that_are_cut_at_any_moment_get_every_change_once_in_commit_order(
     own_database: str, psql: Connection, start_server: StartServer
 ) -> None:
@@ -167,22 +154,22 @@ async def test_readers_that_are_cut_at_any_moment_get_every_change_once_in_commi
 class History:
     """Every change in the order of its commit, and what is left in the end."""
 
-    def __init__(self, changes: Sequence[Any], table: Sequence[Any]) -> None:
+    def __init__(self, changes: Sequence[Any], left: dict[str, Any]) -> None:
         kinds = ("chatt", "delete")
         self._changes = [(kinds[row["deleted"]], str(row["id"])) for row in changes]
         self._times = [row["time"].timestamp() for row in changes]
         self.places = {change: place for place, change in enumerate(self._changes)}
-        self._left = {row["id"]: dict(row) for row in table}
+        self._left = left
 
     @classmethod
     async def read(cls, psql: Connection) -> History:
         changes = await psql.fetch("SELECT seq, id, deleted, time FROM history ORDER BY seq")
-        return cls(changes, await psql.fetch(TABLE))
+        return cls(changes, await shown(psql))
 
     def check(self, reader: Reader) -> None:
         """Check that nothing is missing, nothing came twice, and all came in order."""
         following = 0
-        shown: dict[str, object] = {}
+        left: dict[str, object] = {}
         for came, batch in reader.arrivals:
             for place, change in self._in_order(batch):
                 assert place >= following, (reader.kind, "again, or too late", change.kind, place)
@@ -190,11 +177,11 @@ class History:
                     self._check_passed_over(passed, came)
                 following = place + 1
                 if change.kind == "chatt":
-                    shown[change.data["id"]] = change.data
+                    left[change.data["id"]] = change.data
                 else:
-                    shown.pop(change.data["id"], None)
+                    left.pop(change.data["id"], None)
         assert following == len(self._changes), (reader.kind, following)
-        assert shown == self._left
+        assert left == self._left
 
     def _in_order(self, batch: Batch) -> list[tuple[int, Any]]:
         """Return the changes with their places; a long poll has those of each kind in order."""
