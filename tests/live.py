@@ -72,12 +72,18 @@ class Line:
         self._left -= len(data)
         return data
 
+    @property
+    def port(self) -> int:
+        """Our own, by which the server's connections tell this one."""
+        port: int = self._writer.get_extra_info("sockname")[1]
+        return port
+
     def abort(self) -> None:
         """End it like a phone in a tunnel: nothing more is sent or read."""
         self._writer.transport.abort()
 
     async def begin(self, method: str, target: str, **headers: str) -> None:
-        """Send the head of a request; its body, if it has one, goes through `send`."""
+        """Send the head of a request; its body, if it has one, comes later."""
         if self._http.our_state is h11.DONE:
             self._http.start_next_cycle()
         lines = [("Host", self.host)]
@@ -86,10 +92,14 @@ class Line:
         assert head is not None
         await self.send(head)
 
+    async def body(self, data: bytes) -> None:
+        """Send a part of a request's body."""
+        await self.send(self._http.send(h11.Data(data=data)) or b"")
+
     async def answer(self, body: bytes = b"") -> h11.Response:
         """Send the rest of a request; return the head of its answer. Raises `Cut`."""
         if body:
-            await self.send(self._http.send(h11.Data(data=body)) or b"")
+            await self.body(body)
         await self.send(self._http.send(h11.EndOfMessage()) or b"")
         head = await self._event()
         assert isinstance(head, h11.Response), head
@@ -100,6 +110,10 @@ class Line:
         if body:
             headers |= {"Content_Length": str(len(body))}
         await self.begin(method, target, **headers)
+        return await self.whole(body)
+
+    async def whole(self, body: bytes = b"") -> Answer:
+        """Send the rest of a request; return its whole answer. Raises `Cut`."""
         head = await self.answer(body)
         parts = [part async for part in self.parts()]
         return Answer(head.status_code, headers_of(head), b"".join(parts))
