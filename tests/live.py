@@ -48,14 +48,29 @@ class Cut(Exception):  # noqa: N818 - it is what these tests are about, and no e
 class Line:
     """A client's connection. It is cut when `limit` bytes have come, wherever that is."""
 
-    def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str, limit: float
-    ) -> None:
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, url: str, limit: float, buffer_bytes: int | None) -> None:
+        self._address = urlsplit(url)
         self._left = limit
+        self._buffer_bytes = buffer_bytes
+        self.host = self._address.netloc
+
+    async def open(self) -> None:
         self._http = h11.Connection(h11.CLIENT)
-        self.host = host
+        connection = socket.socket()
+        try:
+            connection.setblocking(False)
+            # asyncio does so for the sockets that it makes itself.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._buffer_bytes is not None:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._buffer_bytes)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(connection, (self._address.hostname, self._address.port))
+            self._reader, self._writer = await asyncio.open_connection(
+                sock=connection, limit=self._buffer_bytes or _CHUNK_BYTES
+            )
+        except BaseException:
+            connection.close()
+            raise
 
     async def send(self, data: bytes) -> None:
         self._writer.write(data)
@@ -86,6 +101,9 @@ class Line:
         """Send the head of a request; its body, if it has one, comes later."""
         if self._http.our_state is h11.DONE:
             self._http.start_next_cycle()
+        elif self._http.our_state is h11.MUST_CLOSE:  # as after many requests
+            self.abort()
+            await self.open()
         lines = [("Host", self.host)]
         lines += [(name.replace("_", "-"), value) for name, value in headers.items()]
         head = self._http.send(h11.Request(method=method, target=target, headers=lines))
@@ -159,21 +177,8 @@ async def connect(
 
     It is aborted when the block ends.
     """
-    address = urlsplit(url)
-    connection = socket.socket()
-    try:
-        connection.setblocking(False)
-        if buffer_bytes is not None:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
-        loop = asyncio.get_running_loop()
-        await loop.sock_connect(connection, (address.hostname, address.port))
-        reader, writer = await asyncio.open_connection(
-            sock=connection, limit=buffer_bytes or _CHUNK_BYTES
-        )
-    except BaseException:
-        connection.close()
-        raise
-    line = Line(reader, writer, address.netloc, limit)
+    line = Line(url, limit, buffer_bytes)
+    await line.open()
     try:
         yield line
     finally:
