@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.multipart import Connection
 
 WRITERS, POSTS_EACH, DELETES_EACH = 8, 2_500, 63
-READERS = {"stream": 10, "poll": 3, "websocket": 3}
+READERS = {"stream": 10, "poll": 2, "websocket": 2}
 # Where the readers' connections are cut.
 MOST_BYTES, LONGEST_SECONDS = 400_000, 3.0
 DEADLINE_SECONDS = 100
