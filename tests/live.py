@@ -87,12 +87,6 @@ class Line:
         self._left -= len(data)
         return data
 
-    @property
-    def port(self) -> int:
-        """Our own, by which the server's connections tell this one."""
-        port: int = self._writer.get_extra_info("sockname")[1]
-        return port
-
     def abort(self) -> None:
         """End it like a phone in a tunnel: nothing more is sent or read."""
         self._writer.transport.abort()
@@ -253,6 +247,8 @@ async def open_stream(line: Line, blocks: Blocks, cursor: str | None) -> AsyncGe
     await line.begin("GET", "/v1/stream", **resume)
     head = await line.answer()
     headers = headers_of(head)
+    if head.status_code == 503:
+        raise Cut
     assert head.status_code == 200, head
     assert headers["content-type"].partition(";")[0] == "text/event-stream"
     assert headers["cache-control"] == "no-store"
@@ -273,6 +269,8 @@ async def poll(line: Line, cursor: str | None) -> AsyncGenerator[Batch]:
     while True:
         query = urlencode({"since": cursor, "wait": 25, "limit": 50})
         answer = await line.ask("GET", f"/v1/chatts?{query}")
+        if answer.status == 503:
+            raise Cut
         assert answer.status == 200, answer
         assert answer.headers["cache-control"] == "no-store"
         found = answer.json
@@ -314,7 +312,7 @@ async def open_websocket(line: Line) -> wsproto.WSConnection:
 
 
 async def frames(line: Line, connection: wsproto.WSConnection) -> AsyncGenerator[Any]:
-    """Yield what the server says, until it closes with 1012, as when it stops."""
+    """Yield what the server says until it stops; raises `Cut`, also when it wants us to go."""
     text = ""
     while True:
         for event in connection.events():
@@ -329,6 +327,8 @@ async def frames(line: Line, connection: wsproto.WSConnection) -> AsyncGenerator
                 case ws.CloseConnection(code=1012):
                     await line.send(connection.send(event.response()))
                     return
+                case ws.CloseConnection(code=1013):
+                    raise Cut
                 case unexpected:
                     raise AssertionError(unexpected)
         data = await line.receive()
