@@ -18,8 +18,8 @@ from chatterd.blocks import Page, Snapshot, encode, page_of, with_media
 from chatterd.errors import BrokenAnswer, DatabaseUnavailable, Problem
 from chatterd.feed import Feed
 
-_LIMIT_DEFAULT: Final = 50
-_LIMIT_MAX: Final = 500
+LIMIT_DEFAULT: Final = 50
+LIMIT_MAX: Final = 500
 # Media addresses differ by the host that a request names, and strangers choose that: only a feed
 # up to this size is kept as a whole for each of a few hosts.
 _KEPT_SIZE: Final = 8 * 1024 * 1024
@@ -61,7 +61,7 @@ async def feed_response(request: Request[Any], feed: Feed, media_url: str | None
         (b"cache-control", b"no-cache"),
         (b"vary", b"Accept-Encoding"),
     ]
-    if if_none_match and _is_match(if_none_match, etag):
+    if if_none_match and is_match(if_none_match, etag):
         return PartsResponse(304, headers[1:], [b""])
     if wanted is not None:
         found = await _found(feed, snapshot, wanted, media_url)
@@ -143,9 +143,9 @@ def _wanted(query: bytes) -> _Wanted | None:
         fields[name] = value
     if not fields:
         return None
-    limit = fields.get("limit", str(_LIMIT_DEFAULT))
-    if not re.fullmatch("[0-9]{1,9}", limit) or not 1 <= int(limit) <= _LIMIT_MAX:
-        raise Problem("limit-invalid", f"limit must be a number from 1 to {_LIMIT_MAX}.")
+    limit = fields.get("limit", str(LIMIT_DEFAULT))
+    if not re.fullmatch("[0-9]{1,9}", limit) or not 1 <= int(limit) <= LIMIT_MAX:
+        raise Problem("limit-invalid", f"limit must be a number from 1 to {LIMIT_MAX}.")
     if "before" in fields and "after" in fields:
         raise Problem("bound-invalid", "before and after exclude each other.")
     return _Wanted(int(limit), _bound(fields, "before"), _bound(fields, "after"))
@@ -189,8 +189,8 @@ def _is_gzip_accepted(accept_encoding: bytes) -> bool:
     return parse_accept_header(accept_encoding.decode("latin-1"))["gzip"] > 0
 
 
-def _is_match(if_none_match: bytes, etag: bytes) -> bool:
-    """Tell whether the client has this version already (RFC 9110 §13.1.2)."""
+def is_match(if_none_match: bytes, etag: bytes) -> bool:
+    """Tell whether the client has the version `etag` already (RFC 9110 §13.1.2)."""
     if if_none_match == etag:
         return True
     # A proxy that compresses makes a strong tag a weak one; the comparison is the weak one.

@@ -12,6 +12,9 @@ _ENDPOINTS = {
     "/media/{key}": views.Media,
     "/llmprompt": views.LLMPrompt,
     "/v1/limits": views.Limits,
+    "/openapi.json": views.OpenAPI,
+    "/docs": views.Docs,
+    "/docs.css": views.DocsStyle,
 }
 
 # Both forms answer directly: some clients do not follow a redirect of a POST (contract §1).

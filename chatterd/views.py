@@ -10,13 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from chatterd import settings
+from chatterd import docs_page, openapi, settings
 from chatterd.bodies import received_bytes, received_form
 from chatterd.feed_http import PartsResponse, feed_response
 from chatterd.lifespan import State
 from chatterd.llm import LLMResponse
 from chatterd.media_http import media_response
 from chatterd.schemas import draft_from_fields, draft_from_json
+from chatterd.static import NOSNIFF, PAGE_HEADERS, Static
 
 _LIMITS: Final = msgspec.json.encode(
     {
@@ -31,6 +32,9 @@ _LIMITS: Final = msgspec.json.encode(
         "upload_timeout": settings.UPLOAD_TIMEOUT,
     }
 )
+_OPENAPI: Final = Static(msgspec.json.encode(openapi.DOCUMENT), "application/json")
+_DOCS: Final = Static(docs_page.page(openapi.DOCUMENT), "text/html; charset=utf-8", PAGE_HEADERS)
+_DOCS_STYLE: Final = Static(docs_page.STYLE, "text/css; charset=utf-8", NOSNIFF)
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
@@ -133,6 +137,30 @@ class LLMPrompt(Endpoint):
         limit = settings.MEDIA_MAX_SIZE  # prompts may hold pictures
         prompt = await received_bytes(request.headers, request.receive, limit)
         return LLMResponse(request.state["llm"], prompt)
+
+
+class OpenAPI(Endpoint):
+    """The description of the API for programs."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer the OpenAPI document."""
+        return _OPENAPI.response(request)
+
+
+class Docs(Endpoint):
+    """The description of the API for people."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer the OpenAPI document as a page."""
+        return _DOCS.response(request)
+
+
+class DocsStyle(Endpoint):
+    """What the page of the API looks like."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer its style sheet."""
+        return _DOCS_STYLE.response(request)
 
 
 def _done() -> Response:

@@ -1,0 +1,324 @@
+"""The API as an OpenAPI 3.1 document: every route, what it takes, and each answer it can give.
+
+It is compared with the code: `tests/test_openapi.py` asks the server for the answers that stand
+here, and `tests/test_schemathesis.py` asks for what nobody would think of.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, TypeAlias
+
+from chatterd import __version__
+from chatterd.errors import CATALOGUE, title_of
+from chatterd.media import MEDIA_TYPES
+from chatterd.openapi_parts import HEADERS, PARAMETERS, SCHEMAS, ref
+
+_Object: TypeAlias = dict[str, Any]
+
+_JSON: Final = "application/json"
+_BYTES: Final[_Object] = {}  # OpenAPI 3.1's schema of what is no text
+
+# The codes that operations share. `errors.CATALOGUE` has the status of each.
+_EVERYWHERE: Final = ("host-not-allowed", "method-not-allowed", "internal-error")
+_BODY: Final = ("request-timeout", "body-too-large")
+_DRAFT: Final = (
+    *("name-missing", "name-invalid", "name-blank", "name-ambiguous", "name-too-long"),
+    *("message-missing", "message-invalid", "message-too-long", "field-unknown"),
+)
+_STORING: Final = ("chatt-refused", "too-many-posts", "database-unavailable")
+_JSON_POST: Final = (*_BODY, "json-invalid", *_DRAFT, *_STORING)
+_FORM_POST: Final = (
+    *(*_BODY, "form-invalid", "field-duplicate", *_DRAFT, *_STORING),
+    *("image-invalid", "image-unsupported", "image-unclean", "image-undecodable"),
+    *("image-too-large", "image-too-many-pixels"),
+    *("video-invalid", "video-unsupported", "video-unclean", "video-too-large"),
+    *("too-many-uploads", "storage-full"),
+)
+_PAGE: Final = ("limit-invalid", "bound-invalid", "chatt-not-found", "database-unavailable")
+_PROBLEM_HEADERS: Final = {405: ["Allow"], 416: ["Content-Range"], 503: ["Retry-After"]}
+
+_PAGE_PARAMETERS: Final = ("limit", "before", "after", "If-None-Match")
+_FEED_HEADERS: Final = ("ETag", "Cache-Control", "Vary")
+_STATIC_HEADERS: Final = ("ETag", "Cache-Control")
+_MEDIA_HEADERS: Final = (
+    *("ETag", "Cache-Control", "Accept-Ranges"),
+    *("X-Content-Type-Options", "Content-Security-Policy"),
+)
+# What RFC 9110 defines for GET alone.
+_GET_ONLY: Final = frozenset({"206", "416", "Range", "If-Range"})
+
+
+def _answer(
+    description: str, headers: Iterable[str] = (), content: Mapping[str, _Object] | None = None
+) -> _Object:
+    """Return an answer with these headers (`Link?`: not always) and a schema per media type."""
+    answer: _Object = {"description": description, "headers": {}}
+    for header in ("X-Request-Id", *headers):
+        name = header.removesuffix("?")
+        optional = {**HEADERS[name], "required": False}
+        answer["headers"][name] = ref("headers", name) if name == header else optional
+    if content is not None:
+        answer["content"] = {kind: {"schema": schema} for kind, schema in content.items()}
+    return answer
+
+
+def _problem(status: int, codes: list[str]) -> _Object:
+    listed = ", ".join(f"`{code}`" for code in codes)
+    narrowed = {"properties": {"status": {"const": status}, "code": {"enum": codes}}}
+    return _answer(
+        f"{title_of(status)}: {listed}.",
+        _PROBLEM_HEADERS.get(status, ()),
+        {"application/problem+json": {"allOf": [ref("schemas", "Problem"), narrowed]}},
+    )
+
+
+def _operation(  # noqa: PLR0913 - an operation has so many sides
+    summary: str,
+    description: str,
+    curl: str,
+    *,
+    answers: Mapping[str, _Object],
+    codes: Iterable[str] = (),
+    parameters: Iterable[str] = (),
+    body: Mapping[str, _Object] | None = None,
+) -> _Object:
+    """Return an operation that answers `answers`, by status, and the problems of `codes`."""
+    problems: dict[int, list[str]] = {}
+    for code in sorted({*codes, *_EVERYWHERE}):
+        problems.setdefault(CATALOGUE[code], []).append(code)
+    operation: _Object = {
+        "summary": summary,
+        "description": description,
+        "parameters": [ref("parameters", name) for name in parameters],
+        "responses": {
+            **answers,
+            **{str(status): _problem(status, problems[status]) for status in sorted(problems)},
+        },
+        "x-codeSamples": [{"lang": "Shell", "source": curl}],
+    }
+    if body is not None:
+        content = {kind: {"schema": schema} for kind, schema in body.items()}
+        operation["requestBody"] = {"required": True, "content": content}
+    return operation
+
+
+def _head_of(get: _Object) -> _Object:
+    """Return the HEAD that goes with a GET: the same answers without their bodies."""
+    return {
+        "summary": f"{get['summary']}: the headers",
+        "description": "What GET answers, without the body.",
+        "parameters": [
+            parameter
+            for parameter in get["parameters"]
+            if parameter["$ref"].rpartition("/")[2] not in _GET_ONLY
+        ],
+        "responses": {
+            status: {key: value for key, value in answer.items() if key != "content"}
+            for status, answer in get["responses"].items()
+            if status not in _GET_ONLY
+        },
+    }
+
+
+def _path(tag: str, **operations: _Object) -> _Object:
+    """Return a path that answers these methods, and HEAD where it answers GET."""
+    if "get" in operations:
+        operations["head"] = _head_of(operations["get"])
+    return {
+        "parameters": [ref("parameters", "X-Request-Id")],
+        **{method: {"tags": [tag], **operation} for method, operation in operations.items()},
+    }
+
+
+def _feed(summary: str, row: str, curl: str) -> _Object:
+    rows = {"type": "array", "items": ref("schemas", row)}
+    return _operation(
+        summary,
+        "The oldest first. Without `limit`, `before` and `after` it is the whole feed, however"
+        " long; with any of them a page of it, and `Link` leads to the pages beside it.",
+        curl,
+        parameters=_PAGE_PARAMETERS,
+        answers={
+            "200": _answer(
+                "The feed.", (*_FEED_HEADERS, "Link?", "Content-Encoding?"), {_JSON: rows}
+            ),
+            "304": _answer("The feed is still what the client has.", _FEED_HEADERS),
+        },
+        codes=_PAGE,
+    )
+
+
+def _static(summary: str, media_type: str, headers: Iterable[str], curl: str) -> _Object:
+    return _operation(
+        summary,
+        "It changes with the server's version and settings alone.",
+        curl,
+        parameters=["If-None-Match"],
+        answers={
+            "200": _answer("It.", headers, {media_type: {"type": "string"}}),
+            "304": _answer("It is still what the client has.", headers),
+        },
+    )
+
+
+_DONE: Final = _answer("The chatt is stored.", (), {_JSON: ref("schemas", "Done")})
+
+_PATHS: Final[_Object] = {
+    "/getchatts": _path(
+        "Tutorial",
+        get=_feed("Read the feed", "TextRow", "curl 'http://127.0.0.1:8000/getchatts?limit=10'"),
+    ),
+    "/postchatt": _path(
+        "Tutorial",
+        post=_operation(
+            "Post a text",
+            "The chatt is stored durably before the answer leaves. The body's media type is not"
+            " looked at.",
+            """curl -d '{"name": "ann", "message": "Hello!"}' http://127.0.0.1:8000/postchatt""",
+            body={_JSON: ref("schemas", "Draft")},
+            answers={"200": _DONE},
+            codes=_JSON_POST,
+        ),
+    ),
+    "/getimages": _path(
+        "Tutorial",
+        get=_feed(
+            "Read the feed with pictures and videos",
+            "ImageRow",
+            "curl 'http://127.0.0.1:8000/getimages?limit=10'",
+        ),
+    ),
+    "/postimages": _path(
+        "Tutorial",
+        post=_operation(
+            "Post a text with a picture, a video or both",
+            "What a file is, is told from its bytes. What it tells about place and person is taken"
+            " out of it before it is stored.",
+            "curl -F name=bob -F message=Look -F image=@photo.jpg http://127.0.0.1:8000/postimages",
+            body={"multipart/form-data": ref("schemas", "DraftForm")},
+            answers={"200": _DONE},
+            codes=_FORM_POST,
+        ),
+    ),
+    "/media/{key}": _path(
+        "Media",
+        get=_operation(
+            "Fetch a picture or video",
+            "Its address stands in the feed. What an address names never changes. With `?thumb` it"
+            " is the picture's thumbnail, a WebP of at most 512 pixels on a side. Where a range"
+            " cannot be understood, or several are asked for, the answer is the whole file.",
+            "curl -O http://127.0.0.1:8000/media/KEY",
+            parameters=["key", "thumb", "Range", "If-Range", "If-None-Match"],
+            answers={
+                "200": _answer(
+                    "The file.", _MEDIA_HEADERS, dict.fromkeys(MEDIA_TYPES.values(), _BYTES)
+                ),
+                "206": _answer(
+                    "The range of it that was asked for.",
+                    (*_MEDIA_HEADERS, "Content-Range"),
+                    dict.fromkeys(MEDIA_TYPES.values(), _BYTES),
+                ),
+                "304": _answer("The client has it already.", _MEDIA_HEADERS),
+            },
+            codes=["not-found", "range-not-satisfiable", "too-many-uploads", "storage-full"],
+        ),
+    ),
+    "/llmprompt": _path(
+        "Tutorial",
+        post=_operation(
+            "Ask the language model",
+            "The body goes to the `/api/generate` of the operator's Ollama, and Ollama's answer"
+            " comes back line by line as it is made, whatever its status is.",
+            """curl -d '{"model": "tinyllama", "prompt": "Why is the sky blue?"}' """
+            "http://127.0.0.1:8000/llmprompt",
+            body={
+                _JSON: {
+                    "description": "What Ollama takes; it is passed on unchanged.",
+                    "examples": [{"model": "tinyllama", "prompt": "Why is the sky blue?"}],
+                }
+            },
+            answers={
+                "200": _answer(
+                    "Ollama's answer, an object in each line.",
+                    (),
+                    {"application/x-ndjson": {"type": "string"}},
+                ),
+                "default": _answer("What else Ollama answered.", (), {"*/*": _BYTES}),
+            },
+            codes=[*_BODY, "llm-unreachable", "llm-busy"],
+        ),
+    ),
+    "/v1/limits": _path(
+        "Server",
+        get=_operation(
+            "Read the limits in force",
+            "What clients may show before anything is sent.",
+            "curl http://127.0.0.1:8000/v1/limits",
+            answers={"200": _answer("The limits.", (), {_JSON: ref("schemas", "Limits")})},
+        ),
+    ),
+    "/openapi.json": _path(
+        "Server",
+        get=_static(
+            "Read this document",
+            _JSON,
+            _STATIC_HEADERS,
+            "curl http://127.0.0.1:8000/openapi.json",
+        ),
+    ),
+    "/docs": _path(
+        "Server",
+        get=_static(
+            "Read this document as a page",
+            "text/html",
+            (*_STATIC_HEADERS, "Content-Security-Policy", "X-Content-Type-Options"),
+            "curl http://127.0.0.1:8000/docs",
+        ),
+    ),
+    "/docs.css": _path(
+        "Server",
+        get=_static(
+            "Read how that page looks",
+            "text/css",
+            (*_STATIC_HEADERS, "X-Content-Type-Options"),
+            "curl http://127.0.0.1:8000/docs.css",
+        ),
+    ),
+}
+
+_DESCRIPTION: Final = """\
+People post short texts under a name, with a picture or a video if they like, and everybody's app \
+shows the feed.
+
+A slash at the end of a path changes nothing, `HEAD` works wherever `GET` does, and every answer \
+carries `X-Request-Id`. Whatever goes wrong is answered as `application/problem+json` (RFC 9457) \
+with a `code` that never changes its meaning; an address that is not in this document answers 404 \
+`not-found`."""
+
+
+def _with_ids(path: str, item: _Object) -> _Object:
+    shared = {"parameters": item["parameters"]}
+    return shared | {
+        method: {"operationId": f"{method} {path}", **operation}
+        for method, operation in item.items()
+        if method not in shared
+    }
+
+
+DOCUMENT: Final[_Object] = {
+    "openapi": "3.1.1",
+    "info": {
+        "title": "chatterd",
+        "version": __version__,
+        "description": _DESCRIPTION,
+        "license": {"name": "MIT", "identifier": "MIT"},
+    },
+    "servers": [{"url": "/"}],
+    "tags": [
+        {"name": "Tutorial", "description": "What the tutorial's apps use."},
+        {"name": "Media", "description": "Pictures and videos."},
+        {"name": "Server", "description": "What the server tells about itself."},
+    ],
+    "paths": {path: _with_ids(path, item) for path, item in _PATHS.items()},
+    "components": {"schemas": SCHEMAS, "headers": HEADERS, "parameters": PARAMETERS},
+}
+"""The whole document, as what its JSON decodes to."""
