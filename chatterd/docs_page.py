@@ -138,7 +138,7 @@ class _Page:
 
     def _content(self, content: tuple[str, _Object]) -> str:
         kind, described = content
-        return f"<br>{_code(kind)} {self._type(described['schema'])}"
+        return f"<br>{_code(kind)} {self._type(described.get('schema', {}))}"
 
     def _codes(self) -> str:
         codes = self._document["components"]["schemas"]["Problem"]["properties"]["code"]["oneOf"]

@@ -15,7 +15,8 @@ from chatterd.openapi_parts import HEADERS, PARAMETERS, SCHEMAS, ref
 _Object: TypeAlias = dict[str, Any]
 
 _JSON: Final = "application/json"
-_BYTES: Final[_Object] = {}  # OpenAPI 3.1's schema of what is no text
+# OpenAPI 3.1 says of raw bytes nothing but their media type.
+_FILE: Final = dict.fromkeys(MEDIA_TYPES.values())
 
 # The codes that operations share. `errors.CATALOGUE` has the status of each.
 _EVERYWHERE: Final = ("host-not-allowed", "method-not-allowed", "internal-error")
@@ -48,16 +49,20 @@ _GET_ONLY: Final = frozenset({"206", "416", "Range", "If-Range"})
 
 
 def _answer(
-    description: str, headers: Iterable[str] = (), content: Mapping[str, _Object] | None = None
+    description: str,
+    headers: Iterable[str] = (),
+    content: Mapping[str, _Object | None] | None = None,
 ) -> _Object:
-    """Return an answer with these headers (`Link?`: not always) and a schema per media type."""
+    """Return an answer: `Link?` stands for a header that is not always there."""
     answer: _Object = {"description": description, "headers": {}}
     for header in ("X-Request-Id", *headers):
         name = header.removesuffix("?")
         optional = {**HEADERS[name], "required": False}
         answer["headers"][name] = ref("headers", name) if name == header else optional
     if content is not None:
-        answer["content"] = {kind: {"schema": schema} for kind, schema in content.items()}
+        answer["content"] = {
+            kind: {"schema": schema} if schema else {} for kind, schema in content.items()
+        }
     return answer
 
 
@@ -209,13 +214,11 @@ _PATHS: Final[_Object] = {
             "curl -O http://127.0.0.1:8000/media/KEY",
             parameters=["key", "thumb", "Range", "If-Range", "If-None-Match"],
             answers={
-                "200": _answer(
-                    "The file.", _MEDIA_HEADERS, dict.fromkeys(MEDIA_TYPES.values(), _BYTES)
-                ),
+                "200": _answer("The file.", _MEDIA_HEADERS, _FILE),
                 "206": _answer(
                     "The range of it that was asked for.",
                     (*_MEDIA_HEADERS, "Content-Range"),
-                    dict.fromkeys(MEDIA_TYPES.values(), _BYTES),
+                    _FILE,
                 ),
                 "304": _answer("The client has it already.", _MEDIA_HEADERS),
             },
@@ -242,7 +245,7 @@ _PATHS: Final[_Object] = {
                     (),
                     {"application/x-ndjson": {"type": "string"}},
                 ),
-                "default": _answer("What else Ollama answered.", (), {"*/*": _BYTES}),
+                "default": _answer("What else Ollama answered.", (), {"*/*": None}),
             },
             codes=[*_BODY, "llm-unreachable", "llm-busy"],
         ),
