@@ -20,10 +20,12 @@ CATALOGUE: Final[Mapping[str, int]] = {
     "host-not-allowed": 400,
     "name-too-long": 400,
     "message-too-long": 400,
+    "delete-token-wrong": 403,
     "not-found": 404,
     "chatt-not-found": 404,
     "method-not-allowed": 405,
     "request-timeout": 408,
+    "idempotency-key-in-use": 409,
     "body-too-large": 413,
     "image-too-large": 413,
     "video-too-large": 413,
@@ -49,11 +51,16 @@ CATALOGUE: Final[Mapping[str, int]] = {
     "chatt-refused": 422,
     "limit-invalid": 422,
     "bound-invalid": 422,
+    "wait-invalid": 422,
+    "idempotency-key-invalid": 422,
+    "idempotency-key-reused": 422,
+    "frame-invalid": 422,
     "internal-error": 500,
     "llm-unreachable": 502,
     "llm-busy": 503,
     "too-many-posts": 503,
     "too-many-uploads": 503,
+    "too-many-subscribers": 503,
     "database-unavailable": 503,
     "storage-full": 507,
 }
@@ -63,10 +70,18 @@ MEANINGS: Final[Mapping[str, str]] = {
     "host-not-allowed": "the request names a host that is not in `ALLOWED_HOSTS`, or none",
     "name-too-long": "the name has more characters than `NAME_MAX_LENGTH`",
     "message-too-long": "the message has more characters than `MESSAGE_MAX_LENGTH`",
+    "delete-token-wrong": (
+        "`Chatterd-Delete-Token` is missing, or not the one that posting the chatt was "
+        "answered with"
+    ),
     "not-found": "there is nothing at this address",
-    "chatt-not-found": "there is no chatt with the id in `before` or `after`",
+    "chatt-not-found": "there is no chatt with the id in the address, in `before` or in `after`",
     "method-not-allowed": "the address does not answer this method; `Allow` names those it does",
     "request-timeout": "the body took too long to arrive",
+    "idempotency-key-in-use": (
+        "the first request with this `Idempotency-Key` is still under way; `Retry-After` "
+        "says when to try again"
+    ),
     "body-too-large": "the body, or a text in a form, is larger than its limit",
     "image-too-large": "the picture is larger than `MEDIA_MAX_SIZE`",
     "video-too-large": "the video is larger than `MEDIA_MAX_SIZE`",
@@ -94,15 +109,23 @@ MEANINGS: Final[Mapping[str, str]] = {
     "chatt-refused": "the database does not take this chatt, for a rule that its operator added",
     "limit-invalid": "`limit` is no number from 1 to 500",
     "bound-invalid": (
-        "`before` or `after` is no UUID, or both are given, or a parameter is unknown or "
-        "there twice"
+        "`before` or `after` is no UUID, two of `before`, `after` and `since` are given, "
+        "`wait` without `since`, or a parameter is unknown or there twice"
     ),
+    "wait-invalid": "`wait` is no number of seconds from 0 to 55",
+    "idempotency-key-invalid": "`Idempotency-Key` is not 1 to 255 visible ASCII characters",
+    "idempotency-key-reused": "`Idempotency-Key` was used for another post",
+    "frame-invalid": "what came over the WebSocket is not what it takes",
     "internal-error": "a fault of the server; its log has the rest",
     "llm-unreachable": "Ollama does not answer at `OLLAMA_URL`",
     "llm-busy": "too many prompts at once; `Retry-After` says when to try again",
     "too-many-posts": "too many posts wait for the database; `Retry-After` says when to try again",
     "too-many-uploads": (
         "`UPLOADS_MAX` uploads are under way, or too many pictures wait to be decoded; "
+        "`Retry-After` says when to try again"
+    ),
+    "too-many-subscribers": (
+        "`STREAM_MAX_SUBSCRIBERS` streams, WebSockets and waiting requests are open; "
         "`Retry-After` says when to try again"
     ),
     "database-unavailable": "the database does not answer; `Retry-After` says when to try again",

@@ -9,12 +9,20 @@ from typing import Any, Final, TypeAlias
 
 from chatterd import __version__
 from chatterd.errors import CATALOGUE, title_of
-from chatterd.media import MEDIA_TYPES
+from chatterd.media import MEDIA_TYPES, SLOTS
 from chatterd.openapi_parts import HEADERS, PARAMETERS, SCHEMAS, ref
 
 _Object: TypeAlias = dict[str, Any]
 
 _JSON: Final = "application/json"
+_FORM_ENCODING: Final = {
+    slot: {
+        "contentType": ", ".join(
+            dict.fromkeys(kind for kind in MEDIA_TYPES.values() if kind.startswith(slot))
+        )
+    }
+    for slot in SLOTS
+}
 # OpenAPI 3.1 says of raw bytes nothing but their media type.
 _FILE: Final = dict.fromkeys(MEDIA_TYPES.values())
 
@@ -26,16 +34,22 @@ _DRAFT: Final = (
     *("message-missing", "message-invalid", "message-too-long", "field-unknown"),
 )
 _STORING: Final = ("chatt-refused", "too-many-posts", "database-unavailable")
-_JSON_POST: Final = (*_BODY, "json-invalid", *_DRAFT, *_STORING)
+_KEY: Final = ("idempotency-key-invalid", "idempotency-key-reused", "idempotency-key-in-use")
+_JSON_POST: Final = (*_BODY, "json-invalid", *_DRAFT, *_STORING, *_KEY)
 _FORM_POST: Final = (
-    *(*_BODY, "form-invalid", "field-duplicate", *_DRAFT, *_STORING),
+    *(*_BODY, "form-invalid", "field-duplicate", *_DRAFT, *_STORING, *_KEY),
     *("image-invalid", "image-unsupported", "image-unclean", "image-undecodable"),
     *("image-too-large", "image-too-many-pixels"),
     *("video-invalid", "video-unsupported", "video-unclean", "video-too-large"),
     *("too-many-uploads", "storage-full"),
 )
 _PAGE: Final = ("limit-invalid", "bound-invalid", "chatt-not-found", "database-unavailable")
-_PROBLEM_HEADERS: Final = {405: ["Allow"], 416: ["Content-Range"], 503: ["Retry-After"]}
+_PROBLEM_HEADERS: Final = {
+    405: ["Allow"],
+    409: ["Retry-After"],
+    416: ["Content-Range"],
+    503: ["Retry-After"],
+}
 
 _PAGE_PARAMETERS: Final = ("limit", "before", "after", "If-None-Match")
 _FEED_HEADERS: Final = ("ETag", "Cache-Control", "Vary")
@@ -101,7 +115,9 @@ def _operation(  # noqa: PLR0913 - an operation has so many sides
         "x-codeSamples": [{"lang": "Shell", "source": curl}],
     }
     if body is not None:
-        content = {kind: {"schema": schema} for kind, schema in body.items()}
+        content: _Object = {kind: {"schema": schema} for kind, schema in body.items()}
+        if form := content.get("multipart/form-data"):
+            form["encoding"] = _FORM_ENCODING
         operation["requestBody"] = {"required": True, "content": content}
     return operation
 
@@ -165,7 +181,32 @@ def _static(summary: str, media_type: str, headers: Iterable[str], curl: str) ->
     )
 
 
-_DONE: Final = _answer("The chatt is stored.", (), {_JSON: ref("schemas", "Done")})
+_DRAFT_BODY: Final = {_JSON: ref("schemas", "Draft")}
+_FORM_BODY: Final = {"multipart/form-data": ref("schemas", "DraftForm")}
+_DONE: Final = _answer(
+    "The chatt is stored.",
+    ("Chatterd-Delete-Token", "Location", "Idempotency-Replayed?"),
+    {_JSON: ref("schemas", "Done")},
+)
+_POSTED: Final = _answer(
+    "The chatt, and what deletes it.",
+    ("Location", "Idempotency-Replayed?"),
+    {_JSON: ref("schemas", "NewChatt")},
+) | {
+    "links": {
+        "read": {
+            "operationId": "get /v1/chatts/{id}",
+            "parameters": {"id": "$response.body#/id"},
+        },
+        "delete": {
+            "operationId": "delete /v1/chatts/{id}",
+            "parameters": {
+                "id": "$response.body#/id",
+                "Chatterd-Delete-Token": "$response.body#/delete_token",
+            },
+        },
+    }
+}
 
 _PATHS: Final[_Object] = {
     "/getchatts": _path(
@@ -179,7 +220,8 @@ _PATHS: Final[_Object] = {
             "The chatt is stored durably before the answer leaves. The body's media type is not"
             " looked at.",
             """curl -d '{"name": "ann", "message": "Hello!"}' http://127.0.0.1:8000/postchatt""",
-            body={_JSON: ref("schemas", "Draft")},
+            parameters=["Idempotency-Key"],
+            body=_DRAFT_BODY,
             answers={"200": _DONE},
             codes=_JSON_POST,
         ),
@@ -199,7 +241,8 @@ _PATHS: Final[_Object] = {
             "What a file is, is told from its bytes. What it tells about place and person is taken"
             " out of it before it is stored.",
             "curl -F name=bob -F message=Look -F image=@photo.jpg http://127.0.0.1:8000/postimages",
-            body={"multipart/form-data": ref("schemas", "DraftForm")},
+            parameters=["Idempotency-Key"],
+            body=_FORM_BODY,
             answers={"200": _DONE},
             codes=_FORM_POST,
         ),
@@ -248,6 +291,62 @@ _PATHS: Final[_Object] = {
                 "default": _answer("What else Ollama answered.", (), {"*/*": None}),
             },
             codes=[*_BODY, "llm-unreachable", "llm-busy"],
+        ),
+    ),
+    "/v1/chatts": _path(
+        "Chatts",
+        get=_operation(
+            "Read chatts, or what has changed",
+            "A page of the feed, the oldest first; the newest page where neither `before` nor"
+            " `after` is given, and `Link` leads to the pages beside it. With `since` it is what"
+            " has changed after that cursor, in the order in which it happened and at most `limit`"
+            " of it; with `wait` the answer waits until there is something, or for so long. A"
+            " cursor that cannot be gone on from is answered with `reset`.",
+            "curl 'http://127.0.0.1:8000/v1/chatts?limit=10'",
+            parameters=[*_PAGE_PARAMETERS, "since", "wait"],
+            answers={
+                "200": _answer(
+                    "A page, with `ETag` and `Link`; or the changes after a cursor.",
+                    ("Cache-Control", "ETag?", "Link?"),
+                    {_JSON: {"anyOf": [ref("schemas", "Chatts"), ref("schemas", "Changes")]}},
+                ),
+                "304": _answer("The page is still what the client has.", ("ETag", "Cache-Control")),
+            },
+            codes=[*_PAGE, "wait-invalid", "too-many-subscribers"],
+        ),
+        post=_operation(
+            "Post a chatt",
+            "As JSON, or as a form where it has a picture, a video or both. What is no form is"
+            " taken for JSON, whatever its media type says.",
+            """curl -d '{"name": "ann", "message": "Hello!"}' http://127.0.0.1:8000/v1/chatts""",
+            parameters=["Idempotency-Key"],
+            body=_DRAFT_BODY | _FORM_BODY,
+            answers={"201": _POSTED},
+            codes=[*_JSON_POST, *_FORM_POST],
+        ),
+    ),
+    "/v1/chatts/{id}": _path(
+        "Chatts",
+        get=_operation(
+            "Read a chatt",
+            "What was deleted is not there any more.",
+            "curl http://127.0.0.1:8000/v1/chatts/ID",
+            parameters=["id", "If-None-Match"],
+            answers={
+                "200": _answer(
+                    "The chatt.", ("ETag", "Cache-Control"), {_JSON: ref("schemas", "Chatt")}
+                ),
+                "304": _answer("It is still what the client has.", ("ETag", "Cache-Control")),
+            },
+            codes=["chatt-not-found", "database-unavailable"],
+        ),
+        delete=_operation(
+            "Delete a chatt",
+            "Only who has its delete token can. The files that no other chatt has go with it.",
+            "curl -X DELETE -H 'Chatterd-Delete-Token: TOKEN' http://127.0.0.1:8000/v1/chatts/ID",
+            parameters=["id", "Chatterd-Delete-Token"],
+            answers={"204": _answer("It is deleted.")},
+            codes=["delete-token-wrong", "chatt-not-found", "database-unavailable"],
         ),
     ),
     "/v1/limits": _path(
@@ -317,7 +416,8 @@ DOCUMENT: Final[_Object] = {
     },
     "servers": [{"url": "/"}],
     "tags": [
-        {"name": "Tutorial", "description": "What the tutorial's apps use."},
+        {"name": "Chatts", "description": "Chatts as objects, for clients written from now on."},
+        {"name": "Tutorial", "description": "What the tutorial's apps use: the same chatts."},
         {"name": "Media", "description": "Pictures and videos."},
         {"name": "Server", "description": "What the server tells about itself."},
     ],

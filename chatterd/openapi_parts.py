@@ -1,10 +1,14 @@
 """What the operations of `openapi` share: schemas, headers and parameters, each under its name."""
 
+from inspect import cleandoc
 from typing import Any, Final, TypeAlias
 
+import msgspec
+
 from chatterd import settings
+from chatterd.chatts import Changes, Chatt, Chatts, Deleted, NewChatt
 from chatterd.errors import CATALOGUE, MEANINGS
-from chatterd.feed_http import LIMIT_DEFAULT, LIMIT_MAX
+from chatterd.paging import LIMIT_MAX, NEWEST, WAIT_MAX
 
 Schema: TypeAlias = dict[str, Any]
 
@@ -83,15 +87,52 @@ def _draft(description: str, **more: Schema) -> Schema:
 
 def _file(description: str) -> Schema:
     limit = f"At most {settings.MEDIA_MAX_SIZE} bytes."
-    # OpenAPI 3.1 wants no schema for raw bytes but this.
-    return {"contentMediaType": "application/octet-stream", "description": f"{description} {limit}"}
+    # OpenAPI 3.0's name for raw bytes: 3.1 has no other, and programs still go by it.
+    return {"type": "string", "format": "binary", "description": f"{description} {limit}"}
 
 
 def _limit(description: str) -> Schema:
     return {"type": "integer", "minimum": 0, "description": description}
 
 
+# What the types that are encoded do not say of their members.
+_MEMBERS: Final[Schema] = {
+    "id": _UUID,
+    "time": _TIME,
+    "url": _ADDRESS | {"description": "`?thumb` behind a picture's leads to its thumbnail."},
+    "type": _TEXT | {"description": "The media type.", "examples": ["image/jpeg"]},
+    "size": _nullable(_COUNT | {"description": "Bytes; null where it is not known."}),
+    "width": _nullable(_COUNT | {"description": "Pixels; null where it is not known."}),
+    "height": _nullable(_COUNT | {"description": "Pixels; null where it is not known."}),
+    "delete_token": _TEXT
+    | {"description": "What deletes the chatt. Nobody is told it a second time."},
+    "chatts": {"type": "array", "items": ref("schemas", "Chatt")},
+    "deleted": {"type": "array", "items": _UUID, "description": "The ids of deleted chatts."},
+    "reset": {"type": "boolean", "description": "Read the feed anew, then go on from `cursor`."},
+    "cursor": _TEXT | {"description": "Where to go on: the `since` of the next request."},
+}
+
+
+def _encoded_types() -> Schema:
+    """Return the schemas of the types that are encoded, of which `_MEMBERS` tells more."""
+    types = [Chatt, NewChatt, Chatts, Changes, Deleted]
+    _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    return {
+        name: {
+            "description": cleandoc(schema["description"]),
+            "type": "object",
+            "properties": {
+                member: _MEMBERS.get(member, kind) for member, kind in schema["properties"].items()
+            },
+            "required": schema["required"],
+            "additionalProperties": False,
+        }
+        for name, schema in schemas.items()
+    }
+
+
 SCHEMAS: Final[Schema] = {
+    **_encoded_types(),
     "Problem": _object(
         "An error (RFC 9457).",
         type={"const": "about:blank"},
@@ -164,6 +205,15 @@ HEADERS: Final[Schema] = {
     ),
     "Allow": _header("The methods that this address answers.", "GET, HEAD"),
     "Retry-After": _header("Seconds after which to try again.", "1", pattern="^[0-9]+$"),
+    "Location": _header(
+        "The address of the chatt.", "/v1/chatts/7401355b-fc63-458a-bddc-f90d2da400d3"
+    ),
+    "Chatterd-Delete-Token": _header(
+        "What deletes the chatt. Nobody is told it a second time.", "kJ2s0Xq1YvR8mZ4tW6uB3nEa"
+    ),
+    "Idempotency-Replayed": _header(
+        "The answer is that of the first request with this key.", "true", const="true"
+    ),
     "Accept-Ranges": _header("Parts of a file may be asked for.", "bytes", const="bytes"),
     "Content-Range": _header(
         "Which bytes these are, and of how many; after 416 only of how many.",
@@ -196,7 +246,7 @@ PARAMETERS: Final[Schema] = {
         type="integer",
         minimum=1,
         maximum=LIMIT_MAX,
-        default=LIMIT_DEFAULT,
+        default=NEWEST.limit,
     ),
     "before": _parameter(
         "before", "query", "The id of a chatt: the page before it. Not with `after`.", format="uuid"
