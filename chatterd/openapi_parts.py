@@ -254,6 +254,33 @@ PARAMETERS: Final[Schema] = {
     "after": _parameter(
         "after", "query", "The id of a chatt: the page after it. Not with `before`.", format="uuid"
     ),
+    "since": _parameter(
+        "since",
+        "query",
+        "A cursor: what has changed after it, instead of a page. Not with `before` or `after`.",
+    ),
+    "wait": _parameter(
+        "wait",
+        "query",
+        "Seconds to wait for a change where there is none yet. Only with `since`.",
+        type="integer",
+        minimum=0,
+        maximum=WAIT_MAX,
+        default=0,
+    ),
+    "id": _parameter("id", "path", "The id of a chatt.", format="uuid") | {"required": True},
+    "Chatterd-Delete-Token": _parameter(
+        "Chatterd-Delete-Token", "header", "What posting the chatt was answered with."
+    )
+    | {"required": True},
+    "Idempotency-Key": _parameter(
+        "Idempotency-Key",
+        "header",
+        "Makes it safe to send a post again: for 24 hours, the same post with the same key is"
+        " stored once and answered the same. In quotation marks or not.",
+        "5e3c1a52-9a0f-4b7e-8f5d-0c1b2a3d4e5f",
+        pattern=r'^("[!#-\[\]-~]{1,255}"|[!#-~]{1,255})$',
+    ),
     "key": _parameter("key", "path", "What the file is called; the feed has its whole address.")
     | {"required": True},
     "thumb": _parameter(
