@@ -181,6 +181,59 @@ def _static(summary: str, media_type: str, headers: Iterable[str], curl: str) ->
     )
 
 
+def _prompt() -> _Object:
+    post = _operation(
+        "Ask the language model",
+        "The body goes to the `/api/generate` of the operator's Ollama, and Ollama's answer comes"
+        " back line by line as it is made. Ollama's own errors come back as they are.",
+        """curl -d '{"model": "tinyllama", "prompt": "Why is the sky blue?"}' """
+        "http://127.0.0.1:8000/llmprompt",
+        body={
+            _JSON: {
+                "description": "What Ollama takes; it is passed on unchanged.",
+                "examples": [{"model": "tinyllama", "prompt": "Why is the sky blue?"}],
+            }
+        },
+        answers={
+            "200": _answer(
+                "Ollama's answer, an object in each line.",
+                (),
+                {"application/x-ndjson": {"type": "string"}},
+            ),
+            "default": _answer("Another error of Ollama's.", (), {_JSON: {"type": "object"}}),
+        },
+        codes=[*_BODY, "llm-unreachable", "llm-busy"],
+    )
+    for status, answer in post["responses"].items():
+        if status in {"400", "404", "500"}:  # they may be either's
+            answer["content"][_JSON] = {"schema": {"type": "object"}}
+    return post
+
+
+def _web_socket() -> _Object:
+    get = _operation(
+        "Follow and post over a WebSocket",
+        "Frames are texts of JSON (RFC 6455). Nothing comes before the client has sent"
+        ' `{"since": cursor}`, or `{"since": null}` for now. Then'
+        ' `{"event": "ready", "id": cursor, "data": {}}` comes, and after it the events of'
+        " `/v1/stream`, each with its cursor as `id` and its object as `data`."
+        '\n\n`{"post": {"name": ..., "message": ...}, "key": ...}` posts at any time. The optional'
+        " `key` is an `Idempotency-Key`. The answer is"
+        ' `{"posted": a NewChatt, "key": ..., "replayed": false}` or'
+        ' `{"error": a Problem, "key": ...}`. What is no such frame is answered with an error'
+        " `frame-invalid`, and the connection goes on. It is closed with 1009 after a frame that is"
+        " too large, with 1012 when the server stops, and with 1013 when the client is too slow.",
+        "python -m websockets ws://127.0.0.1:8000/v1/ws",
+        answers={"101": _answer("The WebSocket is open.")},
+        codes=["not-found", "too-many-subscribers"],
+    )
+    # It answers no other request, and 404 to those that want no WebSocket.
+    del get["responses"]["405"]
+    item = _path("Chatts", get=get)
+    del item["head"]
+    return item
+
+
 _DRAFT_BODY: Final = {_JSON: ref("schemas", "Draft")}
 _FORM_BODY: Final = {"multipart/form-data": ref("schemas", "DraftForm")}
 _DONE: Final = _answer(
@@ -268,31 +321,7 @@ _PATHS: Final[_Object] = {
             codes=["not-found", "range-not-satisfiable", "too-many-uploads", "storage-full"],
         ),
     ),
-    "/llmprompt": _path(
-        "Tutorial",
-        post=_operation(
-            "Ask the language model",
-            "The body goes to the `/api/generate` of the operator's Ollama, and Ollama's answer"
-            " comes back line by line as it is made, whatever its status is.",
-            """curl -d '{"model": "tinyllama", "prompt": "Why is the sky blue?"}' """
-            "http://127.0.0.1:8000/llmprompt",
-            body={
-                _JSON: {
-                    "description": "What Ollama takes; it is passed on unchanged.",
-                    "examples": [{"model": "tinyllama", "prompt": "Why is the sky blue?"}],
-                }
-            },
-            answers={
-                "200": _answer(
-                    "Ollama's answer, an object in each line.",
-                    (),
-                    {"application/x-ndjson": {"type": "string"}},
-                ),
-                "default": _answer("What else Ollama answered.", (), {"*/*": None}),
-            },
-            codes=[*_BODY, "llm-unreachable", "llm-busy"],
-        ),
-    ),
+    "/llmprompt": _path("Tutorial", post=_prompt()),
     "/v1/chatts": _path(
         "Chatts",
         get=_operation(
@@ -349,6 +378,29 @@ _PATHS: Final[_Object] = {
             codes=["delete-token-wrong", "chatt-not-found", "database-unavailable"],
         ),
     ),
+    "/v1/stream": _path(
+        "Chatts",
+        get=_operation(
+            "Follow what happens",
+            "Server-Sent Events (WHATWG HTML §9.2), as `EventSource` reads them: an event `chatt`"
+            " with the chatt for each that is posted, `delete` with its `id` for each that is"
+            " deleted, and `reset` where the cursor cannot be gone on from and the feed is to be"
+            " read anew. Each has an `id`, the cursor behind it: who comes back with it misses"
+            " nothing and gets nothing twice. Without a cursor the stream begins now. In silence"
+            " there is a comment every 15 seconds.",
+            "curl -N http://127.0.0.1:8000/v1/stream",
+            parameters=["stream-since", "Last-Event-ID"],
+            answers={
+                "200": _answer(
+                    "The stream, which ends when the server stops.",
+                    ("Cache-Control", "X-Accel-Buffering"),
+                    {"text/event-stream": {"type": "string"}},
+                )
+            },
+            codes=["too-many-subscribers", "database-unavailable"],
+        ),
+    ),
+    "/v1/ws": _web_socket(),
     "/v1/limits": _path(
         "Server",
         get=_operation(

@@ -25,8 +25,8 @@ _TIME: Final[Schema] = {
 }
 _NAME: Final[Schema] = {
     "type": "string",
-    "minLength": 1,
     "maxLength": settings.NAME_MAX_LENGTH,
+    "pattern": r"\S",
     "description": "Who is posting: not blank, and without the character U+0000.",
     "examples": ["ann"],
 }
@@ -175,6 +175,7 @@ SCHEMAS: Final[Schema] = {
         media_total_size=_nullable(_limit("Bytes of all media together.")),
         media_free_floor=_limit("Bytes of the disk that stay free."),
         uploads_max=_limit("Uploads that a process takes at once."),
+        stream_max_subscribers=_limit("Streams, WebSockets and waits that a process has open."),
         upload_timeout=_limit("Seconds that an upload may take."),
     ),
 }
@@ -214,6 +215,7 @@ HEADERS: Final[Schema] = {
     "Idempotency-Replayed": _header(
         "The answer is that of the first request with this key.", "true", const="true"
     ),
+    "X-Accel-Buffering": _header("Always `no`: Nginx is to pass it on at once.", "no", const="no"),
     "Accept-Ranges": _header("Parts of a file may be asked for.", "bytes", const="bytes"),
     "Content-Range": _header(
         "Which bytes these are, and of how many; after 416 only of how many.",
@@ -259,6 +261,12 @@ PARAMETERS: Final[Schema] = {
         "query",
         "A cursor: what has changed after it, instead of a page. Not with `before` or `after`.",
     ),
+    "stream-since": _parameter(
+        "since", "query", "A cursor: what has happened after it comes first."
+    ),
+    "Last-Event-ID": _parameter(
+        "Last-Event-ID", "header", "The same, and it wins: `EventSource` sends it by itself."
+    ),
     "wait": _parameter(
         "wait",
         "query",
@@ -278,7 +286,6 @@ PARAMETERS: Final[Schema] = {
         "header",
         "Makes it safe to send a post again: for 24 hours, the same post with the same key is"
         " stored once and answered the same. In quotation marks or not.",
-        "5e3c1a52-9a0f-4b7e-8f5d-0c1b2a3d4e5f",
         pattern=r'^("[!#-\[\]-~]{1,255}"|[!#-~]{1,255})$',
     ),
     "key": _parameter("key", "path", "What the file is called; the feed has its whole address.")
