@@ -19,7 +19,7 @@ for sample in (*IMAGES, *VIDEOS):
 
 
 @schemathesis.hook
-def before_call(_context: HookContext, case: Case, _kwargs: dict[str, Any]) -> None:
+def before_call(_context: HookContext, case: Case[Any], _kwargs: dict[str, Any]) -> None:
     """Leave of parameters that exclude each other the last; wait for nothing."""
     is_good = case.meta and all(part.mode.is_positive for part in case.meta.components.values())
     query = case.query
