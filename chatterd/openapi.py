@@ -169,13 +169,14 @@ def _feed(summary: str, row: str, curl: str) -> _Object:
 
 
 def _static(summary: str, media_type: str, headers: Iterable[str], curl: str) -> _Object:
+    kind = "object" if media_type == _JSON else "string"
     return _operation(
         summary,
         "It changes with the server's version and settings alone.",
         curl,
         parameters=["If-None-Match"],
         answers={
-            "200": _answer("It.", headers, {media_type: {"type": "string"}}),
+            "200": _answer("It.", headers, {media_type: {"type": kind}}),
             "304": _answer("It is still what the client has.", headers),
         },
     )

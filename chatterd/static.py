@@ -16,7 +16,6 @@ PAGE_HEADERS: Final = NOSNIFF | {
         "default-src 'none'; style-src 'self'; base-uri 'none'; form-action 'none';"
         " frame-ancestors 'none'"
     ),
-    "referrer-policy": "no-referrer",
 }
 """What a page needs that runs nothing and fetches nothing but its style."""
 
