@@ -154,7 +154,7 @@ class _Page:
 
     def _schemas(self) -> str:
         parts = [
-            f'<article id="{_anchor(name)}"><h3><code>{escape(name)}</code></h3>\n'
+            f'<article id="{_anchor(f"object {name}")}"><h3><code>{escape(name)}</code></h3>\n'
             f"{_paragraphs(schema['description'])}\n{self._members(schema, name)}</article>"
             for name, schema in self._document["components"]["schemas"].items()
         ]
@@ -176,7 +176,7 @@ class _Page:
         """Return what a value of the schema is, as HTML."""
         if "$ref" in schema:
             name = schema["$ref"].rpartition("/")[2]
-            return _link(name, name)
+            return _link(f"object {name}", name)
         if "allOf" in schema:
             return self._type(schema["allOf"][0])
         if "anyOf" in schema and "type" not in schema:

@@ -78,7 +78,7 @@ FORM_LONG = encode(*fields(message="m" * 4097))
 FORM_LARGE = encode(*fields(message="m" * 65537))
 FORM_NO_PICTURE = encode(*fields(), image(b"text"))
 PROMPT = b'{"model":"echo","prompt":"hi"}'
-WITH_TOKEN = "Chatterd-Delete-Token"
+DELETING = "Chatterd-Delete-Token"
 UNKNOWN = "7401355b-fc63-458a-bddc-f90d2da400d3"
 
 CASES = [
@@ -126,9 +126,9 @@ CASES = [
     Case(200, "GET", "/v1/chatts/{id}"),
     Case(304, "GET", "/v1/chatts/{id}", "", {"If-None-Match": "*"}),
     Case(404, "GET", "/v1/chatts/{id}", given={"id": UNKNOWN}),
-    Case(204, "DELETE", "/v1/chatts/{id}", "", {WITH_TOKEN: "{token}"}, given={"id": "{doomed}"}),
-    Case(403, "DELETE", "/v1/chatts/{id}", "", {WITH_TOKEN: "x"}),
-    Case(404, "DELETE", "/v1/chatts/{id}", "", {WITH_TOKEN: "x"}, given={"id": UNKNOWN}),
+    Case(204, "DELETE", "/v1/chatts/{id}", "", {DELETING: "{token}"}, given={"id": "{doomed}"}),
+    Case(403, "DELETE", "/v1/chatts/{id}", "", {DELETING: "x"}),
+    Case(404, "DELETE", "/v1/chatts/{id}", "", {DELETING: "x"}, given={"id": UNKNOWN}),
     Case(200, "HEAD", "/v1/stream"),
     Case(404, "GET", WEB_SOCKET),
     Case(200, "GET", "/media/{key}"),
