@@ -10,6 +10,9 @@ _Object: TypeAlias = dict[str, Any]
 
 STYLE: Final = (files("chatterd") / "web" / "docs.css").read_bytes()
 
+_CODES: Final = "Error codes"
+_HEADERS: Final = "Headers of answers"
+_OBJECTS: Final = "Objects"
 _PROBLEM: Final = "application/problem+json"
 _PAGE: Final = """\
 <!DOCTYPE html>
@@ -49,7 +52,12 @@ class _Page:
 
     def html(self) -> str:
         info = self._document["info"]
-        sections = [*map(self._tag, self._document["tags"]), self._codes(), self._schemas()]
+        sections = [
+            *map(self._tag, self._document["tags"]),
+            self._codes(),
+            self._headers(),
+            self._schemas(),
+        ]
         return _PAGE.format(
             title=f"The API of {escape(info['title'])}",
             version=escape(info["version"]),
@@ -65,9 +73,8 @@ class _Page:
                 _link(operation["operationId"], f"{method.upper()} {path}")
                 for method, path, operation in self._operations(tag["name"])
             ]
-            groups.append(f"<li>{_link(tag['name'], tag['name'])}{_list(links)}</li>")
-        rest = [_link("codes", "Error codes"), _link("schemas", "Objects")]
-        return f"<ul>{''.join(groups)}{''.join(f'<li>{link}</li>' for link in rest)}</ul>"
+            groups.append(_link(tag["name"], tag["name"]) + _list(links))
+        return _list([*groups, *(_link(title, title) for title in (_CODES, _HEADERS, _OBJECTS))])
 
     def _operations(self, tag: str) -> Iterator[tuple[str, str, _Object]]:
         """Yield method, path and operation of those with this tag; HEAD goes without saying."""
@@ -78,10 +85,7 @@ class _Page:
 
     def _tag(self, tag: _Object) -> str:
         operations = [self._operation(*found) for found in self._operations(tag["name"])]
-        return (
-            f'<section id="{_anchor(tag["name"])}"><h2>{escape(tag["name"])}</h2>\n'
-            f"{_paragraphs(tag['description'])}\n" + "\n".join(operations) + "\n</section>"
-        )
+        return _section(tag["name"], _paragraphs(tag["description"]), *operations)
 
     def _operation(self, method: str, path: str, operation: _Object) -> str:
         shared = self._document["paths"][path]["parameters"]
@@ -110,8 +114,9 @@ class _Page:
         members = schema.get("properties") or {
             element["title"]: element for element in schema.get("prefixItems", ())
         }
+        required = schema.get("required", ()) if "anyOf" in schema else ()
         rows = (
-            (_code(name), self._type(member), _text(self._told(member)))
+            (_code(name), self._type(member) + _required(name in required), _text(_told(member)))
             for name, member in members.items()
         )
         return _table(caption, ("name", "type", "what it is"), rows) if members else ""
@@ -128,7 +133,8 @@ class _Page:
             else:
                 told = _text(answer["description"]) + "".join(map(self._content, content.items()))
             # That every answer carries the id is said once, at the top.
-            headers = " ".join(_code(name) for name in answer["headers"] if name != "X-Request-Id")
+            names = [name for name in answer["headers"] if name != "X-Request-Id"]
+            headers = ", ".join(_link(f"header {name}", name) for name in names)
             rows[is_problem].append((status, told, headers))
         return (
             _table("Answers", ("status", "what it is", "headers"), rows[False])
@@ -143,14 +149,21 @@ class _Page:
     def _codes(self) -> str:
         codes = self._document["components"]["schemas"]["Problem"]["properties"]["code"]["oneOf"]
         rows = (
-            (
-                f'<code id="{_anchor("code " + each["const"])}">{escape(each["const"])}</code>',
-                _text(each["description"]),
-            )
+            (_target(f"code {each['const']}", each["const"]), _text(each["description"]))
             for each in codes
         )
-        table = _table("Error codes", ("code", "status and when"), rows)
-        return f'<section id="codes"><h2>Error codes</h2>\n{table}\n</section>'
+        return _section(_CODES, _table(_CODES, ("code", "status and when"), rows))
+
+    def _headers(self) -> str:
+        rows = (
+            (
+                _target(f"header {name}", name),
+                _code(header["example"]),
+                _text(header["description"]),
+            )
+            for name, header in self._document["components"]["headers"].items()
+        )
+        return _section(_HEADERS, _table(_HEADERS, ("name", "example", "what it is"), rows))
 
     def _schemas(self) -> str:
         parts = [
@@ -158,7 +171,7 @@ class _Page:
             f"{_paragraphs(schema['description'])}\n{self._members(schema, name)}</article>"
             for name, schema in self._document["components"]["schemas"].items()
         ]
-        return '<section id="schemas"><h2>Objects</h2>\n' + "\n".join(parts) + "\n</section>"
+        return _section(_OBJECTS, *parts)
 
     def _resolved(self, schema: _Object) -> _Object:
         if "$ref" not in schema:
@@ -166,11 +179,6 @@ class _Page:
         _, _, kind, name = schema["$ref"].split("/")
         found: _Object = self._document["components"][kind][name]
         return found
-
-    def _told(self, schema: _Object) -> str:
-        alternatives = schema.get("anyOf", ())
-        told = (each["description"] for each in (schema, *alternatives) if "description" in each)
-        return next(told, "")
 
     def _type(self, schema: _Object) -> str:
         """Return what a value of the schema is, as HTML."""
@@ -189,7 +197,7 @@ class _Page:
 def _scalar(schema: _Object) -> str:
     if "const" in schema:
         return f'"{schema["const"]}"'
-    if "contentMediaType" in schema:
+    if schema.get("format") == "binary":
         return "file"
     words = [schema.get("format") or schema.get("type") or ""]
     if "maxLength" in schema:
@@ -201,12 +209,22 @@ def _scalar(schema: _Object) -> str:
     return " ".join(words)
 
 
+def _told(schema: _Object) -> str:
+    """Return the description of a schema, or of what it is unless it is null."""
+    alternatives = (schema, *schema.get("anyOf", ()))
+    return next((each["description"] for each in alternatives if "description" in each), "")
+
+
+def _required(is_required: bool) -> str:  # noqa: FBT001 - it is what the name asks
+    return ", required" if is_required else ""
+
+
 def _parameter(parameter: _Object) -> tuple[str, ...]:
     kind = _scalar(parameter["schema"])
     return (
         _code(parameter["name"]),
         escape(parameter["in"]),
-        escape(kind),
+        escape(kind) + _required(parameter.get("required", False)),
         _text(parameter["description"]),
     )
 
@@ -225,6 +243,15 @@ def _table(caption: str, heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]
         f'<div class="table" tabindex="0" role="group" aria-label="{escape(caption)}">'
         f"<table>{caption_and_head}\n<tbody>\n{body}\n</tbody></table></div>"
     )
+
+
+def _section(title: str, *parts: str) -> str:
+    begin = f'<section id="{_anchor(title)}"><h2>{escape(title)}</h2>'
+    return "\n".join([begin, *parts, "</section>"])
+
+
+def _target(anchor: str, text: str) -> str:
+    return f'<code id="{_anchor(anchor)}">{escape(text)}</code>'
 
 
 def _list(items: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ It is compared with the code: `tests/test_openapi.py` asks the server for the an
 here, and `tests/test_schemathesis.py` asks for what nobody would think of.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, TypeAlias
 
@@ -60,6 +61,11 @@ _MEDIA_HEADERS: Final = (
 )
 # What RFC 9110 defines for GET alone.
 _GET_ONLY: Final = frozenset({"206", "416", "Range", "If-Range"})
+
+
+def _id(method: str, path: str) -> str:
+    """Return the operation's name: one that a client's generator can make a function of."""
+    return re.sub("[^a-z0-9]+", "_", f"{method} {path}").strip("_")
 
 
 def _answer(
@@ -249,11 +255,11 @@ _POSTED: Final = _answer(
 ) | {
     "links": {
         "read": {
-            "operationId": "get /v1/chatts/{id}",
+            "operationId": _id("get", "/v1/chatts/{id}"),
             "parameters": {"id": "$response.body#/id"},
         },
         "delete": {
-            "operationId": "delete /v1/chatts/{id}",
+            "operationId": _id("delete", "/v1/chatts/{id}"),
             "parameters": {
                 "id": "$response.body#/id",
                 "Chatterd-Delete-Token": "$response.body#/delete_token",
@@ -453,7 +459,7 @@ with a `code` that never changes its meaning; an address that is not in this doc
 def _with_ids(path: str, item: _Object) -> _Object:
     shared = {"parameters": item["parameters"]}
     return shared | {
-        method: {"operationId": f"{method} {path}", **operation}
+        method: {"operationId": _id(method, path), **operation}
         for method, operation in item.items()
         if method not in shared
     }

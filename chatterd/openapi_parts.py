@@ -25,6 +25,7 @@ _TIME: Final[Schema] = {
 }
 _NAME: Final[Schema] = {
     "type": "string",
+    "minLength": 1,
     "maxLength": settings.NAME_MAX_LENGTH,
     "pattern": r"\S",
     "description": "Who is posting: not blank, and without the character U+0000.",
@@ -141,6 +142,7 @@ SCHEMAS: Final[Schema] = {
         detail=_TEXT | {"description": "For people: what was wrong, and what would be right."},
         code={
             "description": "For programs: a code never changes its meaning.",
+            "type": "string",
             "oneOf": [
                 {"const": code, "description": f"{status}: {MEANINGS[code]}."}
                 for code, status in CATALOGUE.items()
