@@ -16,16 +16,12 @@ from chatterd.openapi_parts import HEADERS, PARAMETERS, SCHEMAS, ref
 _Object: TypeAlias = dict[str, Any]
 
 _JSON: Final = "application/json"
-_FORM_ENCODING: Final = {
-    slot: {
-        "contentType": ", ".join(
-            dict.fromkeys(kind for kind in MEDIA_TYPES.values() if kind.startswith(slot))
-        )
-    }
-    for slot in SLOTS
-}
 # OpenAPI 3.1 says of raw bytes nothing but their media type.
 _FILE: Final = dict.fromkeys(MEDIA_TYPES.values())
+_FORM_ENCODING: Final = {
+    slot: {"contentType": ", ".join(kind for kind in _FILE if kind.startswith(slot))}
+    for slot in SLOTS
+}
 
 # The codes that operations share. `errors.CATALOGUE` has the status of each.
 _EVERYWHERE: Final = ("host-not-allowed", "method-not-allowed", "internal-error")

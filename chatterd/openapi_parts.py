@@ -105,8 +105,7 @@ _MEMBERS: Final[Schema] = {
     "size": _nullable(_COUNT | {"description": "Bytes; null where it is not known."}),
     "width": _nullable(_COUNT | {"description": "Pixels; null where it is not known."}),
     "height": _nullable(_COUNT | {"description": "Pixels; null where it is not known."}),
-    "delete_token": _TEXT
-    | {"description": "What deletes the chatt. Nobody is told it a second time."},
+    "delete_token": _TEXT | {"description": "What deletes the chatt. Nobody else is told it."},
     "chatts": {"type": "array", "items": ref("schemas", "Chatt")},
     "deleted": {"type": "array", "items": _UUID, "description": "The ids of deleted chatts."},
     "reset": {"type": "boolean", "description": "Read the feed anew, then go on from `cursor`."},
@@ -151,9 +150,9 @@ SCHEMAS: Final[Schema] = {
         request_id=_TEXT | {"description": "The value of the answer's `X-Request-Id`."},
     ),
     "Done": _object("An empty object: the chatt is stored."),
-    "Draft": _draft("A chatt to be posted."),
+    "Draft": _draft("A chatt to be posted: `name` or `username` must be there."),
     "DraftForm": _draft(
-        "A chatt to be posted, as a form.",
+        "A chatt to be posted as a form: `name` or `username` must be there.",
         image=_file("A JPEG, PNG, GIF, WebP or HEIC picture."),
         video=_file("An MP4, QuickTime or WebM video."),
     ),
@@ -212,7 +211,7 @@ HEADERS: Final[Schema] = {
         "The address of the chatt.", "/v1/chatts/7401355b-fc63-458a-bddc-f90d2da400d3"
     ),
     "Chatterd-Delete-Token": _header(
-        "What deletes the chatt. Nobody is told it a second time.", "kJ2s0Xq1YvR8mZ4tW6uB3nEa"
+        "What deletes the chatt. Nobody else is told it.", "kJ2s0Xq1YvR8mZ4tW6uB3nEa"
     ),
     "Idempotency-Replayed": _header(
         "The answer is that of the first request with this key.", "true", const="true"
