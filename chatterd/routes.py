@@ -12,9 +12,11 @@ _ENDPOINTS = {
     "/media/{key}": views.Media,
     "/llmprompt": views.LLMPrompt,
     "/v1/limits": views.Limits,
+    "/web/{name}": views.WebFile,
 }
 
 # Both forms answer directly: some clients do not follow a redirect of a POST (contract §1).
 routes = [
-    Route(path + slash, endpoint) for slash in ("", "/") for path, endpoint in _ENDPOINTS.items()
+    Route("/", views.WebPage),
+    *(Route(path + slash, endpoint) for slash in ("", "/") for path, endpoint in _ENDPOINTS.items()),
 ]

@@ -17,6 +17,7 @@ from chatterd.lifespan import State
 from chatterd.llm import LLMResponse
 from chatterd.media_http import media_response
 from chatterd.schemas import draft_from_fields, draft_from_json
+from chatterd.web_http import web_response
 
 _LIMITS: Final = msgspec.json.encode(
     {
@@ -123,6 +124,22 @@ class Limits(Endpoint):
     async def get(self, _request: Request[State]) -> Response:
         """Answer an object of the limits in force; null where there is none."""
         return PartsResponse(200, [(b"content-type", b"application/json")], [_LIMITS])
+
+
+class WebPage(Endpoint):
+    """The web client."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer the page."""
+        return web_response("index.html", request.headers)
+
+
+class WebFile(Endpoint):
+    """What the web client's page consists of."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer the file."""
+        return web_response(request.path_params["name"], request.headers)
 
 
 class LLMPrompt(Endpoint):
