@@ -254,28 +254,34 @@ class Feed:
         """
         self._snapshot = None
         appended: list[Encoded] = []
-        newest = self._blocks[-1].last_time if self._blocks else b""
+        newest = self._newest()
         puts = 0
         for record in records:
-            row = Row(*tuple(record)[4:])
+            row = Row(*tuple(record)[5:])
             time = row.time.encode()
             if self._older_than is not None and time < self._older_than:
                 continue  # the database has it
-            if time > newest:
-                appended.append(encode(row))
-                newest = time
-            else:
+            if time <= newest:
                 puts += 1
                 if puts > _PUT_LIMIT:
                     return False
                 self._append(appended)
                 appended = []
-                self._put(row.id.encode(), time, encode(row))
-                newest = self._blocks[-1].last_time
+                self._remove(row.id.encode(), time)
+                if not record["deleted"]:
+                    self._put(time, encode(row))
+                newest = self._newest()
+            elif not record["deleted"]:
+                appended.append(encode(row))
+                newest = time
         self._append(appended)
         self._seq = records[-1]["seq"]
         self._trim()
         return True
+
+    def _newest(self) -> bytes:
+        """Return the time of the last row kept; where there is none, one before all."""
+        return self._blocks[-1].last_time if self._blocks else b""
 
     def _append(self, rows: Sequence[Encoded]) -> None:
         room = BLOCK_SIZE - len(self._blocks[-1].data) if self._blocks else 0
@@ -288,12 +294,8 @@ class Feed:
             self._blocks[-1] = last.spliced(len(last), len(last), rows[:count])
         self._blocks.extend(blocks_of(rows[count:]))
 
-    def _put(self, row_id: bytes, time: bytes, new: Encoded) -> None:
-        """Replace the row of this id, whose time never changes, or insert it.
-
-        It goes behind all others of its time: its seq is newer than theirs.
-        """
-        self._remove(row_id, time)
+    def _put(self, time: bytes, new: Encoded) -> None:
+        """Insert a row behind all others of its time: its seq is newer than theirs."""
         if not self._blocks:
             self._blocks.extend(blocks_of([new]))
             return

@@ -2,12 +2,9 @@
 
 import hashlib
 import http
-import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
-from urllib.parse import parse_qsl, quote
-from uuid import UUID
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -15,23 +12,13 @@ from starlette.types import Receive, Scope, Send
 from werkzeug.http import parse_accept_header, parse_etags
 
 from chatterd.blocks import Page, Snapshot, encode, page_of, with_media
-from chatterd.errors import BrokenAnswer, DatabaseUnavailable, Problem
+from chatterd.errors import BrokenAnswer, DatabaseUnavailable
 from chatterd.feed import Feed
+from chatterd.paging import Wanted, links, wanted
 
-_LIMIT_DEFAULT: Final = 50
-_LIMIT_MAX: Final = 500
 # Media addresses differ by the host that a request names, and strangers choose that: only a feed
 # up to this size is kept as a whole for each of a few hosts.
 _KEPT_SIZE: Final = 8 * 1024 * 1024
-_UUID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
-
-
-class _Wanted(NamedTuple):
-    """What a query asks for: `limit` rows before or after a chatt, or the newest."""
-
-    limit: int
-    before: UUID | None
-    after: UUID | None
 
 
 async def feed_response(request: Request[Any], feed: Feed, media_url: str | None) -> Response:
@@ -42,7 +29,7 @@ async def feed_response(request: Request[Any], feed: Feed, media_url: str | None
     `DatabaseUnavailable`.
     """
     query: bytes = request.scope["query_string"]
-    wanted = _wanted(query) if query else None
+    page = wanted(query) if query else None
     snapshot = await feed.fresh()
     if_none_match = accept_encoding = b""
     for name, value in request.scope["headers"]:
@@ -53,19 +40,19 @@ async def feed_response(request: Request[Any], feed: Feed, media_url: str | None
             accept_encoding = accept_encoding + b"," + value if accept_encoding else value
     # What is sent block by block is sent as it is.
     in_memory = snapshot.older_than is None and (media_url is None or snapshot.size <= _KEPT_SIZE)
-    gzip = wanted is None and in_memory and _is_gzip_accepted(accept_encoding)
-    etag = _etag(snapshot.version, media_url, query, gzip)
+    gzip = page is None and in_memory and _is_gzip_accepted(accept_encoding)
+    etag = etag_of(snapshot.version, media_url, query, gzip)
     headers = [
         (b"content-type", b"application/json"),
         (b"etag", etag),
         (b"cache-control", b"no-cache"),
         (b"vary", b"Accept-Encoding"),
     ]
-    if if_none_match and _is_match(if_none_match, etag):
+    if if_none_match and is_match(if_none_match, etag):
         return PartsResponse(304, headers[1:], [b""])
-    if wanted is not None:
-        found = await _found(feed, snapshot, wanted, media_url)
-        headers.append((b"link", _links(request.scope["path"], wanted, found).encode()))
+    if page is not None:
+        found = await _found(feed, snapshot, page, media_url)
+        headers.append((b"link", links(request.scope["path"], page, found.first, found.last)))
         return PartsResponse(200, headers, [found.body])
     if not in_memory:
         head = request.method == "HEAD"
@@ -129,57 +116,17 @@ async def _by_block(feed: Feed, snapshot: Snapshot, media_url: str | None) -> As
     yield b"[]" if begin == b"[" else b"]"
 
 
-@lru_cache(256)
-def _wanted(query: bytes) -> _Wanted | None:
-    """Return the page that a query string asks for, if any; raises `Problem` 422."""
-    fields: dict[str, str] = {}
-    for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
-        if name not in {"limit", "before", "after"} or name in fields:
-            raise Problem(
-                "bound-invalid",
-                f"The parameter {name[:64]!r} is unknown or there twice;"
-                " a page is asked for by limit, before and after.",
-            )
-        fields[name] = value
-    if not fields:
-        return None
-    limit = fields.get("limit", str(_LIMIT_DEFAULT))
-    if not re.fullmatch("[0-9]{1,9}", limit) or not 1 <= int(limit) <= _LIMIT_MAX:
-        raise Problem("limit-invalid", f"limit must be a number from 1 to {_LIMIT_MAX}.")
-    if "before" in fields and "after" in fields:
-        raise Problem("bound-invalid", "before and after exclude each other.")
-    return _Wanted(int(limit), _bound(fields, "before"), _bound(fields, "after"))
-
-
-def _bound(fields: Mapping[str, str], name: str) -> UUID | None:
-    if name not in fields:
-        return None
-    # UUID() alone takes more than UUIDs.
-    if not _UUID.fullmatch(fields[name]):
-        raise Problem("bound-invalid", f"{name} must be the id of a chatt, a UUID.")
-    return UUID(fields[name])
-
-
-async def _found(feed: Feed, snapshot: Snapshot, wanted: _Wanted, media_url: str | None) -> Page:
-    newest = wanted.before is None and wanted.after is None
-    if newest and (page := snapshot.newest(wanted.limit, media_url)) is not None:
-        return page
-    rows = await feed.page(wanted.limit, before=wanted.before, after=wanted.after)
+async def _found(feed: Feed, snapshot: Snapshot, page: Wanted, media_url: str | None) -> Page:
+    newest = page.before is None and page.after is None
+    if newest and (kept := snapshot.newest(page.limit, media_url)) is not None:
+        return kept
+    rows = await feed.page(page.limit, before=page.before, after=page.after)
     return page_of([(row.id, with_media(*encode(row), media_url)) for row in rows])
 
 
-def _links(path: str, wanted: _Wanted, found: Page) -> str:
-    """Return the Link header: the pages before and after this one (RFC 8288)."""
-    bound = wanted.before or wanted.after
-    first, last = found.first or bound, found.last or bound
-    address = f"{quote(path)}?limit={wanted.limit}"
-    if first is None:  # nothing has been posted yet
-        return f'<{address}>; rel="next"'
-    return f'<{address}&before={first}>; rel="prev", <{address}&after={last}>; rel="next"'
-
-
 @lru_cache(256)
-def _etag(version: str, media_url: str | None, query: bytes, gzip: bool) -> bytes:  # noqa: FBT001 - lru_cache is fastest by position
+def etag_of(version: str, media_url: str | None, query: bytes, gzip: bool = False) -> bytes:  # noqa: FBT001, FBT002 - lru_cache is fastest by position
+    """Return the strong ETag of an answer: of the feed in this version, asked for in this way."""
     variant = hashlib.blake2b(b"%b?%b" % ((media_url or "").encode(), query), digest_size=6)
     return f'"{version}-{variant.hexdigest()}{"-gzip" if gzip else ""}"'.encode()
 
@@ -189,7 +136,7 @@ def _is_gzip_accepted(accept_encoding: bytes) -> bool:
     return parse_accept_header(accept_encoding.decode("latin-1"))["gzip"] > 0
 
 
-def _is_match(if_none_match: bytes, etag: bytes) -> bool:
+def is_match(if_none_match: bytes, etag: bytes) -> bool:
     """Tell whether the client has this version already (RFC 9110 §13.1.2)."""
     if if_none_match == etag:
         return True

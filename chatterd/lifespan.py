@@ -13,8 +13,9 @@ from starlette.applications import Starlette
 from chatterd import settings
 from chatterd.database import Database
 from chatterd.feed import Feed
+from chatterd.keys import IdempotencyKeys, old_keys_forgotten
 from chatterd.media import MediaStore
-from chatterd.media_sweep import swept
+from chatterd.media_sweep import Leavings, swept
 from chatterd.writer import Writer
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ class State(TypedDict):
     writer: Writer
     feed: Feed
     media: MediaStore
+    keys: IdempotencyKeys
+    leavings: Leavings
     llm: httpx2.AsyncClient
 
 
@@ -65,10 +68,21 @@ def lifespan(
                 aclosing(Writer(database)) as writer,
                 aclosing(Feed(database, settings.FEED_CACHE_BYTES)) as feed,
                 aclosing(media),
+                aclosing(IdempotencyKeys(database)) as keys,
+                aclosing(Leavings(database, settings.MEDIA_ROOT)) as leavings,
                 _llm_client() as llm,
                 swept(database, settings.MEDIA_ROOT),
+                old_keys_forgotten(keys),
             ):
-                yield State(database=database, writer=writer, feed=feed, media=media, llm=llm)
+                yield State(
+                    database=database,
+                    writer=writer,
+                    feed=feed,
+                    media=media,
+                    keys=keys,
+                    leavings=leavings,
+                    llm=llm,
+                )
         finally:
             await database.aclose()
 

@@ -125,6 +125,20 @@ class Upload(NamedTuple):
     size: int
     digest: str
 
+    @property
+    def key(self) -> str:
+        """The name it will have."""
+        return self.digest + self.kind.extension
+
+
+class StoredFile(NamedTuple):
+    """A file that is in place: its key, its bytes, and of a picture its pixels, right way up."""
+
+    key: str
+    size: int
+    width: int | None
+    height: int | None
+
 
 class MediaStore:
     """The media folder. File work is done in threads; every method may raise `OSError`.
@@ -169,31 +183,27 @@ class MediaStore:
         finally:
             self._uploads -= 1
 
-    async def keep(self, uploads: Mapping[Slot, Upload]) -> dict[Slot, str]:
-        """Move uploads to where they are served from, durably; return their keys.
+    async def keep(self, uploads: Mapping[Slot, Upload]) -> dict[Slot, StoredFile]:
+        """Move uploads to where they are served from, durably; return what they are now.
 
         The same bytes have the same key. A chatt that names it must follow soon: what no chatt
         names is swept. Raises `Problem` 413, 415 or 503 for a picture as `PictureReader.measure`
         does, `DatabaseUnavailable`.
         """
-        keys: dict[Slot, str] = {}
-        rows: list[dict[str, object]] = []
+        files: dict[Slot, StoredFile] = {}
         for slot, upload in uploads.items():
-            keys[slot] = upload.digest + upload.kind.extension
             size = await self._measuring.measure(upload.path) if slot == "image" else (None, None)
-            rows.append(
-                {"key": keys[slot], "size": upload.size, "width": size[0], "height": size[1]}
-            )
-        if rows:
+            files[slot] = StoredFile(upload.key, upload.size, *size)
+        if files:
             # Two that upload the same files must not wait for each other's rows.
-            rows.sort(key=lambda row: str(row["key"]))
+            rows = [file._asdict() for file in sorted(files.values())]
             async with self._database.transaction() as session:
                 await session.execute(upsert_media(), rows)
-            moves = [(upload.path, self.root / keys[slot]) for slot, upload in uploads.items()]
+            moves = [(upload.path, self.root / upload.key) for upload in uploads.values()]
             await to_thread.run_sync(self._move, moves)
-        if "image" in keys:
-            self._begin_thumbnail(keys["image"])
-        return keys
+        if "image" in files:
+            self._begin_thumbnail(files["image"].key)
+        return files
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Do work on a file that arrives, also to its end when this is cancelled."""

@@ -47,6 +47,10 @@ _INTERVAL_SECONDS: Final = 3600.0
 # After the rush of a start; at random, so that the processes of a server take turns.
 _FIRST_SECONDS: Final = (60.0, 300.0)
 
+# From being in place to being named by a chatt, a file takes no longer.
+_SETTLED_SECONDS: Final = 60.0
+_REMOVALS_MAX: Final = 1_000
+
 # Each sweep moves a file to a name of its own: what one has moved, no other overwrites.
 _MOVED: Final = re.compile(rf"(?P<name>{OWN.pattern})(\.[0-9a-f]{{32}})?")
 
@@ -101,10 +105,14 @@ class Sweep:
         await to_thread.run_sync(self._sweep_incoming)
         with closing(walk(self._root)) as entries:
             while page := await next_page(entries):
-                gone = await self._remove(await self.candidates(page))
-                await self._remove([f"{name}{THUMBNAIL_SUFFIX}" for name in gone])
+                await self.sweep_page(page)
         await self._sweep_records()
         return self.result
+
+    async def sweep_page(self, page: Entries) -> None:
+        """Remove of `page` what is to go, pictures with their thumbnails."""
+        gone = await self._remove(await self.candidates(page))
+        await self._remove([f"{name}{THUMBNAIL_SUFFIX}" for name in gone])
 
     async def candidates(self, page: Entries) -> list[str]:
         """Return which files of `page` are old enough, unnamed, and ours to remove.
@@ -267,6 +275,57 @@ class Sweep:
             return None
         is_old = stat.S_ISREG(status.st_mode) and status.st_mtime < self._before
         return status if is_old else None
+
+
+class Leavings:
+    """The files of chatts that have just been deleted; those that nobody else names go.
+
+    A file that was uploaded a moment ago may be about to be named by another chatt: it goes when
+    it is `settled_seconds` old. What is not gone at the end is the sweep's.
+    """
+
+    def __init__(
+        self, database: Database, root: Path, settled_seconds: float = _SETTLED_SECONDS
+    ) -> None:
+        self._database = database
+        self._root = root
+        self._settled_seconds = settled_seconds
+        self._removals: dict[asyncio.Task[None], anyio.CancelScope] = {}
+
+    def remove_soon(self, keys: Sequence[str]) -> None:
+        """Remove the files of `keys` in the background."""
+        for key in keys:
+            if len(self._removals) < _REMOVALS_MAX:
+                scope = anyio.CancelScope()
+                task = asyncio.create_task(self._remove(key, scope))
+                self._removals[task] = scope
+                task.add_done_callback(self._removals.pop)
+
+    async def _remove(self, key: str, scope: anyio.CancelScope) -> None:
+        with scope:
+            try:
+                changed = await to_thread.run_sync(self._changed, key)
+                await asyncio.sleep(max(0.0, changed + self._settled_seconds - time.time()))
+                sweep = Sweep(self._database, self._root, self._settled_seconds, delete=True)
+                await sweep.sweep_page([(key, await to_thread.run_sync((self._root / key).lstat))])
+            except (FileNotFoundError, DatabaseUnavailable):
+                pass  # somebody else has removed it, or the sweep will
+            except Exception:
+                logger.exception("The file of a deleted chatt cannot be removed")
+
+    def _changed(self, key: str) -> float:
+        """Return when a file, or the thumbnail that goes with it, came into the folder."""
+        changed = (self._root / key).lstat().st_mtime
+        with suppress(FileNotFoundError):
+            changed = max(changed, (self._root / f"{key}{THUMBNAIL_SUFFIX}").lstat().st_mtime)
+        return changed
+
+    async def aclose(self) -> None:
+        """End the removals; none is left half done."""
+        removals = list(self._removals)
+        for scope in self._removals.values():
+            scope.cancel()  # unlike the task's own cancel(), it heeds shields
+        await asyncio.gather(*removals)
 
 
 @asynccontextmanager

@@ -15,16 +15,19 @@ from sqlalchemy import (
     Float,
     Index,
     Insert,
+    LargeBinary,
     MetaData,
     Select,
     Text,
     UniqueConstraint,
+    Uuid,
     and_,
     bindparam,
     cast,
     column,
     delete,
     exists,
+    false,
     func,
     insert,
     literal_column,
@@ -35,9 +38,13 @@ from sqlalchemy import (
     true,
     tuple_,
     union,
+    update,
 )
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, aliased, mapped_column
+from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
+from sqlalchemy.sql.selectable import LateralFromClause, TableValuedAlias
+from sqlalchemy.types import TypeEngine
 
 
 class Base(DeclarativeBase):
@@ -63,6 +70,9 @@ class Chatt(Base):
     name, message: the author and the text, as posted.
     time: when it was posted. The feed is ordered by (time, seq).
     image, video: keys of media files, never URLs.
+    deleted: a tombstone: its texts are empty and it has no files, so that those who follow the
+        log learn of it.
+    delete_token_hash: SHA-256 of what whoever posted it deletes it with; None where nobody can.
     """
 
     __tablename__ = "chatts"
@@ -82,10 +92,13 @@ class Chatt(Base):
     )
     image: Mapped[str | None] = mapped_column(Text)
     video: Mapped[str | None] = mapped_column(Text)
+    deleted: Mapped[bool] = mapped_column(server_default=false())
+    delete_token_hash: Mapped[bytes | None]
 
     __table_args__ = (
         UniqueConstraint("id"),
-        Index(None, "time", "seq"),
+        # The feed, which has no tombstones; those who follow the log go by seq.
+        Index(None, "time", "seq", postgresql_where=text("NOT deleted")),
         # Who still names a file, of the few chatts that have one.
         Index("ix_chatts_image", "image", postgresql_where=text("image IS NOT NULL")),
         Index("ix_chatts_video", "video", postgresql_where=text("video IS NOT NULL")),
@@ -134,6 +147,29 @@ class Media(Base):
     )
 
 
+class IdempotencyKey(Base):
+    """What a post with an `Idempotency-Key` was answered, for when it is sent again.
+
+    key_hash: SHA-256 of the key.
+    fingerprint: SHA-256 of the post's route and content.
+    salt: what the chatt's delete token is made of, with the key itself.
+    chatt_id, time: those of the chatt, which may be gone.
+    files: what the answer says of its files, as JSON.
+    """
+
+    __tablename__ = "idempotency_keys"
+
+    key_hash: Mapped[bytes] = mapped_column(primary_key=True)
+    fingerprint: Mapped[bytes]
+    salt: Mapped[bytes]
+    chatt_id: Mapped[UUID]
+    time: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    files: Mapped[str] = mapped_column(Text)
+    created: Mapped[datetime] = mapped_column(
+        DateTime(timezone=True), server_default=func.clock_timestamp(), index=True
+    )
+
+
 _TABLE = literal_column("to_regclass('chatts')::oid::bigint", BigInteger)
 # As the feed shows them: RFC 3339 in UTC with six fraction digits, a UUID in lower case.
 _ROW = (
@@ -145,6 +181,16 @@ _ROW = (
     Chatt.video,
 )
 
+_NEWEST_SEQ = select(func.coalesce(func.max(Chatt.seq), 0)).scalar_subquery()
+_IMAGE = aliased(Media, name="image_file")
+_VIDEO = aliased(Media, name="video_file")
+_FILES = (
+    _IMAGE.size.label("image_size"),
+    _IMAGE.width.label("image_width"),
+    _IMAGE.height.label("image_height"),
+    _VIDEO.size.label("video_size"),
+)
+
 _KEYS = bindparam("keys", type_=ARRAY(Text))
 _OLDER_THAN = bindparam("older_than", type_=Float)
 _STALE = Media.stored < func.now() - func.make_interval(0, 0, 0, 0, 0, 0, _OLDER_THAN)
@@ -154,7 +200,10 @@ def _page(limit: int, *where: ColumnElement[bool], backward: bool = False) -> Se
     """Select the feed's first rows, or its last, newest first; then each one's (time, seq)."""
     order = (column.desc() if backward else column for column in (Chatt.time, Chatt.seq))
     return (
-        select(*_ROW, Chatt.time.label("at"), Chatt.seq).where(*where).order_by(*order).limit(limit)
+        select(*_ROW, Chatt.time.label("at"), Chatt.seq)
+        .where(~Chatt.deleted, *where)
+        .order_by(*order)
+        .limit(limit)
     )
 
 
@@ -181,9 +230,11 @@ def feed_newest(limit: int, size: int) -> Select[Any]:
     dump keeps its epoch and is another table. Always at least one row; where there is no chatt,
     the page's columns are NULL. One statement sees one state.
     """
-    newest = select(func.coalesce(func.max(Chatt.seq), 0)).scalar_subquery()
-    page = _within(size, _page(limit, backward=True), backward=True).lateral("page")
-    return select(Feed.epoch, _TABLE.label("table"), newest.label("newest"), page).select_from(
+    return _state(_within(size, _page(limit, backward=True), backward=True).lateral("page"))
+
+
+def _state(page: LateralFromClause) -> Select[Any]:
+    return select(Feed.epoch, _TABLE.label("table"), _NEWEST_SEQ.label("newest"), page).select_from(
         Feed.__table__.join(page, true(), isouter=True)
     )
 
@@ -195,12 +246,16 @@ def feed_changes(limit: int) -> Select[Any]:
     the last number given out, `:seq` or more unless the table has gone back in time.
     """
     changed = (
-        select(Chatt.seq, *_ROW)
+        select(Chatt.seq, Chatt.deleted, *_ROW)
         .where(Chatt.seq > bindparam("seq", type_=BigInteger))
         .order_by(Chatt.seq)
         .limit(limit)
         .lateral("changed")
     )
+    return _since(changed)
+
+
+def _since(changed: LateralFromClause) -> Select[Any]:
     sequence = table("chatts_seq", column("last_value", BigInteger))
     return select(
         Feed.epoch, _TABLE.label("table"), sequence.c.last_value.label("last_seq"), changed
@@ -237,7 +292,10 @@ def feed_page(
 
 
 def place_of(chatt_id: UUID) -> Select[datetime, int]:
-    """Select the (time, seq) of a chatt."""
+    """Select the (time, seq) of a chatt, also of one that was deleted.
+
+    Whoever reads the feed page by page goes on from there.
+    """
     return select(Chatt.time, Chatt.seq).where(Chatt.id == chatt_id)
 
 
@@ -247,12 +305,155 @@ def feed_page_back(before: tuple[datetime, int] | None, limit: int) -> Select[An
     return _page(limit, *where, backward=True)
 
 
-def insert_chatts() -> Insert:
-    """Insert as many chatts as the arrays have elements: one statement for any number."""
-    columns = ("name", "message", "image", "video")
-    arrays = [bindparam(column, type_=ARRAY(Text)) for column in columns]
-    rows = func.unnest(*arrays).table_valued(*columns).render_derived("posted")
-    return insert(Chatt).from_select(columns, select(rows), include_defaults=False)
+def _chatts(*columns: InstrumentedAttribute[Any]) -> Select[Any]:
+    """Select chatts with what is known of their files."""
+    return (
+        select(*columns, *_ROW, *_FILES)
+        .outerjoin(_IMAGE, _IMAGE.key == Chatt.image)
+        .outerjoin(_VIDEO, _VIDEO.key == Chatt.video)
+    )
+
+
+def chatts_page(
+    before: tuple[datetime, int] | None, after: tuple[datetime, int] | None, limit: int
+) -> Select[Any]:
+    """Select the state of the feed as `feed_newest` does, and up to `limit` of its chatts.
+
+    Those before or after a (time, seq), nearest first; else the newest, newest first.
+    """
+    place = tuple_(Chatt.time, Chatt.seq)
+    order = (Chatt.time, Chatt.seq) if after else (Chatt.time.desc(), Chatt.seq.desc())
+    chatts = _chatts().where(~Chatt.deleted)
+    if after is not None:
+        chatts = chatts.where(place > after)
+    elif before is not None:
+        chatts = chatts.where(place < before)
+    page = chatts.order_by(*order).limit(limit).lateral("page")
+    return _state(page)
+
+
+def chatt(chatt_id: UUID) -> Select[Any]:
+    """Select a chatt that was not deleted."""
+    return _chatts().where(Chatt.id == chatt_id, ~Chatt.deleted)
+
+
+def log_end() -> Select[Any]:
+    """Select the state of the feed as `feed_newest` does."""
+    return select(Feed.epoch, _TABLE.label("table"), _NEWEST_SEQ.label("newest"))
+
+
+def log_after(limit: int) -> Select[Any]:
+    """Select what `feed_changes` does, with what is known of each chatt's files."""
+    changed = (
+        _chatts(Chatt.seq, Chatt.deleted)
+        .where(Chatt.seq > bindparam("seq", type_=BigInteger))
+        .order_by(Chatt.seq)
+        .limit(limit)
+        .lateral("changed")
+    )
+    return _since(changed)
+
+
+def deletable(chatt_id: UUID) -> Select[bytes | None, str | None, str | None]:
+    """Select what a chatt is deleted with, and its media keys; nothing if it is deleted."""
+    return select(Chatt.delete_token_hash, Chatt.image, Chatt.video).where(
+        Chatt.id == chatt_id, ~Chatt.deleted
+    )
+
+
+def tombstone(chatt_id: UUID) -> ReturningUpdate[UUID]:
+    """Leave of a chatt that it was there; return its id unless it was deleted already."""
+    return (
+        update(Chatt)
+        .where(Chatt.id == chatt_id, ~Chatt.deleted)
+        .values(deleted=True, name="", message="", image=None, video=None, delete_token_hash=None)
+        .returning(Chatt.id)
+    )
+
+
+def _unnested(**types: type[TypeEngine[Any]]) -> TableValuedAlias:
+    """Return arrays, parameters of these names and element types, as a table."""
+    arrays = [bindparam(name, type_=ARRAY(kind)) for name, kind in types.items()]
+    columns = (column(name, kind) for name, kind in types.items())
+    return func.unnest(*arrays).table_valued(*columns).render_derived("asked")
+
+
+_POSTED = {
+    "id": Uuid,
+    "name": Text,
+    "message": Text,
+    "image": Text,
+    "video": Text,
+    "delete_token_hash": LargeBinary,
+}
+
+
+def insert_chatts() -> ReturningInsert[UUID, datetime]:
+    """Insert as many chatts as the arrays have elements: one statement for any number.
+
+    Returns the id and time of each.
+    """
+    return _insert_chatts(_unnested(**_POSTED))
+
+
+def insert_chatts_and_keys() -> Select[UUID, datetime]:
+    """Insert chatts as `insert_chatts` does, and what is kept of those that came with a key.
+
+    Where there is none, `key_hash` is NULL. A key that is there already is a unique violation.
+    """
+    kept = {"key_hash": LargeBinary, "fingerprint": LargeBinary, "salt": LargeBinary, "files": Text}
+    asked = _unnested(**_POSTED, **kept)
+    posted = _insert_chatts(asked).cte("posted")
+    keys = insert(IdempotencyKey).from_select(
+        [*kept, "chatt_id", "time"],
+        select(*(asked.c[name] for name in kept), posted.c.id, posted.c.time)
+        .select_from(asked.join(posted, posted.c.id == asked.c.id))
+        .where(asked.c.key_hash.is_not(None)),
+        include_defaults=False,
+    )
+    return select(posted.c.id, posted.c.time).add_cte(keys.cte("kept"))
+
+
+def _insert_chatts(asked: TableValuedAlias) -> ReturningInsert[UUID, datetime]:
+    rows = select(*(asked.c[name] for name in _POSTED))
+    return (
+        insert(Chatt)
+        .from_select(list(_POSTED), rows, include_defaults=False)
+        .returning(Chatt.id, Chatt.time)
+    )
+
+
+def kept_answers() -> Select[Any]:
+    """Select what is kept of `:key_hashes`, and try to lock each for this session.
+
+    The lock, of the number in `:locks`, tells other processes that the first answer is under way.
+    """
+    asked = _unnested(key_hash=LargeBinary, lock=BigInteger)
+    names = ("fingerprint", "salt", "chatt_id", "time", "files")
+    kept = [IdempotencyKey.__table__.c[name] for name in names]
+    return select(
+        asked.c.key_hash, func.pg_try_advisory_lock(asked.c.lock).label("is_locked"), *kept
+    ).select_from(
+        asked.outerjoin(IdempotencyKey.__table__, IdempotencyKey.key_hash == asked.c.key_hash)
+    )
+
+
+def unlock_keys() -> Select[bool]:
+    """Give up `:locks`."""
+    asked = _unnested(lock=BigInteger)
+    return select(func.pg_advisory_unlock(asked.c.lock)).select_from(asked)
+
+
+def delete_old_keys(limit: int) -> Delete:
+    """Delete up to `limit` keys that are older than `:seconds`."""
+    seconds = func.make_interval(0, 0, 0, 0, 0, 0, bindparam("seconds", type_=Float))
+    old = (
+        select(IdempotencyKey.key_hash)
+        .where(IdempotencyKey.created < func.now() - seconds)
+        .order_by(IdempotencyKey.created)
+        .limit(limit)
+    )
+    return delete(IdempotencyKey).where(IdempotencyKey.key_hash.in_(old))
 
 
 def upsert_media() -> Insert:

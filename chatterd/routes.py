@@ -11,6 +11,8 @@ _ENDPOINTS = {
     "/postimages": views.PostImages,
     "/media/{key}": views.Media,
     "/llmprompt": views.LLMPrompt,
+    "/v1/chatts": views.Chatts,
+    "/v1/chatts/{id}": views.Chatt,
     "/v1/limits": views.Limits,
     "/web/{name}": views.WebFile,
 }

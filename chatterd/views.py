@@ -1,6 +1,7 @@
 """The HTTP endpoints: each decodes, validates, does one unit of work, and responds."""
 
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, ClassVar, Final
 
 import msgspec
@@ -12,12 +13,17 @@ from starlette.types import Receive, Scope, Send
 
 from chatterd import settings
 from chatterd.bodies import received_bytes, received_form
+from chatterd.chatts import encoded_new
+from chatterd.chatts_http import chatt_response, deleted, page_response
 from chatterd.feed_http import PartsResponse, feed_response
+from chatterd.keys import Claim, Posted, key_in
 from chatterd.lifespan import State
 from chatterd.llm import LLMResponse
 from chatterd.media_http import media_response
-from chatterd.schemas import draft_from_fields, draft_from_json
+from chatterd.paging import wanted
+from chatterd.schemas import Draft, draft_from_fields, draft_from_json
 from chatterd.web_http import web_response
+from chatterd.writer import NO_FILES
 
 _LIMITS: Final = msgspec.json.encode(
     {
@@ -32,6 +38,8 @@ _LIMITS: Final = msgspec.json.encode(
         "upload_timeout": settings.UPLOAD_TIMEOUT,
     }
 )
+_JSON: Final = (b"content-type", b"application/json")
+_NOT_CLAIMED: Final = nullcontext()
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
@@ -77,10 +85,8 @@ class PostChatt(Endpoint):
 
     async def post(self, request: Request[State]) -> Response:
         """Store the chatt in the JSON body; answer `{}` once it is committed."""
-        limit = settings.JSON_MAX_SIZE
-        draft = draft_from_json(await received_bytes(request.headers, request.receive, limit))
-        await request.state["writer"].post(draft)
-        return _done()
+        _, posted = await _posted_json(request, "postchatt")
+        return _done(posted)
 
 
 class GetImages(Endpoint):
@@ -88,8 +94,7 @@ class GetImages(Endpoint):
 
     async def get(self, request: Request[State]) -> Response:
         """Answer an array of `[name, message, id, time, imageurl, videourl]`, oldest first."""
-        base = settings.PUBLIC_URL or f"{request.url.scheme}://{request.headers['host']}"
-        return await feed_response(request, request.state["feed"], media_url=f"{base}/media/")
+        return await feed_response(request, request.state["feed"], _media_url(request))
 
 
 class PostImages(Endpoint):
@@ -97,14 +102,42 @@ class PostImages(Endpoint):
 
     async def post(self, request: Request[State]) -> Response:
         """Store the multipart form's files and chatt; answer `{}` once both are durable."""
-        media = request.state["media"]
-        async with received_form(request.headers, request.stream(), media) as form:
-            draft = draft_from_fields(form.fields)
-            # The files come first: a chatt never names one that is not there. Should the chatt
-            # fail after all, the sweep takes them: another chatt may name them by now.
-            keys = await media.keep(form.files)
-            await request.state["writer"].post(draft, keys.get("image"), keys.get("video"))
-        return _done()
+        _, posted = await _posted_form(request, "postimages")
+        return _done(posted)
+
+
+class Chatts(Endpoint):
+    """Chatts as objects, and posting them (contract §2)."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer a page of the feed, or what has changed after a cursor."""
+        page = wanted(request.scope["query_string"], with_changes=True)
+        state, media_url = request.state, _media_url(request)
+        return await page_response(request, state["database"], state["feed"], page, media_url)
+
+    async def post(self, request: Request[State]) -> Response:
+        """Store the chatt in the JSON body or the form; answer it with its delete token."""
+        is_form = request.headers.get("content-type", "").lower().startswith("multipart/form-data")
+        received = _posted_form if is_form else _posted_json
+        draft, posted = await received(request, "chatts")
+        headers = [_JSON, _location(posted), *_replayed(posted)]
+        return PartsResponse(201, headers, [encoded_new(draft, posted, _media_url(request))])
+
+
+class Chatt(Endpoint):
+    """One chatt (contract §2)."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer it."""
+        database, chatt_id = request.state["database"], request.path_params["id"]
+        return await chatt_response(request, database, chatt_id, _media_url(request))
+
+    async def delete(self, request: Request[State]) -> Response:
+        """Delete it for whoever has its delete token."""
+        token = request.headers.get("chatterd-delete-token")
+        keys = await deleted(request.state["database"], request.path_params["id"], token)
+        request.state["leavings"].remove_soon(keys)
+        return Response(status_code=204)
 
 
 class Media(Endpoint):
@@ -123,7 +156,7 @@ class Limits(Endpoint):
 
     async def get(self, _request: Request[State]) -> Response:
         """Answer an object of the limits in force; null where there is none."""
-        return PartsResponse(200, [(b"content-type", b"application/json")], [_LIMITS])
+        return PartsResponse(200, [_JSON], [_LIMITS])
 
 
 class WebPage(Endpoint):
@@ -152,5 +185,47 @@ class LLMPrompt(Endpoint):
         return LLMResponse(request.state["llm"], prompt)
 
 
-def _done() -> Response:
-    return PartsResponse(200, [(b"content-type", b"application/json")], [b"{}"])
+async def _posted_json(request: Request[State], route: str) -> tuple[Draft, Posted]:
+    async with _claimed(request, route) as claim:
+        body = await received_bytes(request.headers, request.receive, settings.JSON_MAX_SIZE)
+        draft = draft_from_json(body)
+        return draft, await request.state["writer"].post(draft, NO_FILES, claim)
+
+
+async def _posted_form(request: Request[State], route: str) -> tuple[Draft, Posted]:
+    media = request.state["media"]
+    async with (
+        _claimed(request, route) as claim,
+        received_form(request.headers, request.stream(), media) as form,
+    ):
+        draft = draft_from_fields(form.fields)
+        keys = {slot: upload.key for slot, upload in form.files.items()}
+        if claim is not None and (replay := claim.replayed(draft, keys)) is not None:
+            return draft, replay
+        # The files come first: a chatt never names one that is not there. Should the chatt fail
+        # after all, the sweep takes them: another chatt may name them by now.
+        files = await media.keep(form.files)
+        return draft, await request.state["writer"].post(draft, files, claim)
+
+
+def _claimed(request: Request[State], route: str) -> AbstractAsyncContextManager[Claim | None]:
+    key = key_in(request.headers)
+    return _NOT_CLAIMED if key is None else request.state["keys"].claimed(key, route)
+
+
+def _media_url(request: Request[State]) -> str:
+    base = settings.PUBLIC_URL or f"{request.url.scheme}://{request.headers['host']}"
+    return f"{base}/media/"
+
+
+def _done(posted: Posted) -> Response:
+    token = (b"chatterd-delete-token", posted.delete_token.encode())
+    return PartsResponse(200, [_JSON, token, _location(posted), *_replayed(posted)], [b"{}"])
+
+
+def _location(posted: Posted) -> tuple[bytes, bytes]:
+    return b"location", f"/v1/chatts/{posted.id}".encode()
+
+
+def _replayed(posted: Posted) -> list[tuple[bytes, bytes]]:
+    return [(b"idempotency-replayed", b"true")] if posted.is_replay else []

@@ -106,13 +106,15 @@ async def test_every_constraint_and_index_has_the_name_that_the_convention_gives
 ) -> None:
     ours = {constraint.name for t in Base.metadata.tables.values() for constraint in t.constraints}
     ours |= {index.name for table in Base.metadata.tables.values() for index in table.indexes}
-    found = await psql.fetch("""
+    found = await psql.fetch(
+        """
         SELECT conname FROM pg_constraint
-        WHERE conrelid IN ('chatts'::regclass, 'feed'::regclass, 'media'::regclass)
-            AND contype <> 'n'
+        WHERE conrelid = ANY(CAST($1::text[] AS regclass[])) AND contype <> 'n'
         UNION SELECT relname FROM pg_class JOIN pg_index ON indexrelid = pg_class.oid
-        WHERE indrelid IN ('chatts'::regclass, 'feed'::regclass, 'media'::regclass)
-    """)
+        WHERE indrelid = ANY(CAST($1::text[] AS regclass[]))
+        """,
+        list(Base.metadata.tables),
+    )
     assert {name for (name,) in found} == ours
 
 

@@ -113,6 +113,7 @@ const deleted = new Set(); // ids that no page that is still on its way may brin
 let hasOlder = false;
 let isAtEnd = true;
 let unseenCount = 0;
+let listening; // the timer until additions are read out again
 
 /** Make an element with properties; what is undefined is left as it is. */
 function element(tag, properties = {}, ...children) {
@@ -267,6 +268,16 @@ function showDeleteButton(item) {
   actions.append(button);
 }
 
+/** Put a whole page into the feed: those who listen to it hear of what is new alone. */
+function placePage(page) {
+  scroller.ariaLive = "off";
+  clearTimeout(listening);
+  hasOlder = false; // so that all of them are placed
+  page.chatts.forEach(place);
+  hasOlder = page.chatts.length === PAGE_SIZE;
+  listening = setTimeout(() => (scroller.ariaLive = "polite"), 500);
+}
+
 /** Put a chatt where its time belongs, or in the place of what it was before. */
 function place(chatt) {
   if (deleted.has(chatt.id)) return null;
@@ -341,17 +352,7 @@ function showNew(chatt, isOwn) {
     item.classList.add("new");
     if (isOwn) isAtEnd = true;
     else if (!isAtEnd) showUnseen(unseenCount + 1);
-    if (!isOwn && !tokens.has(chatt.id)) tell(chatt);
   });
-}
-
-/** Tell those who listen to the page. */
-function tell(chatt) {
-  const kinds = `${chatt.image ? " (picture)" : ""}${chatt.video ? " (video)" : ""}`;
-  const text = `${isolated(shortened(chatt.name, 60))}: ${shortened(chatt.message, 300)}${kinds}`;
-  const heard = byId("heard");
-  heard.append(element("p", { dir: "auto", textContent: text }));
-  if (heard.children.length > 3) heard.firstElementChild.remove();
 }
 
 // Older chatts. -------------------------------------------------------------------------------
@@ -372,9 +373,7 @@ async function loadOlder() {
     const page = await request(`v1/chatts?limit=${PAGE_SIZE}&before=${oldest}`);
     if (loadedFor !== connectCount) return; // the feed has been fetched anew meanwhile
     changeFeed(() => {
-      hasOlder = false; // so that all of them are placed
-      page.chatts.forEach(place);
-      hasOlder = page.chatts.length === PAGE_SIZE;
+      placePage(page);
       showOlder("", false);
     });
   } catch (error) {
@@ -432,9 +431,7 @@ async function connect() {
       feed.replaceChildren();
       items.clear();
       deleted.clear();
-      hasOlder = false;
-      page.chatts.forEach(place);
-      hasOlder = page.chatts.length === PAGE_SIZE;
+      placePage(page);
     });
     showUnseen(0);
     showOlder("", false);
