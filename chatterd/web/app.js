@@ -133,7 +133,7 @@ function chattElement(chatt) {
   item.dataset.time = chatt.time;
   item.dataset.name = chatt.name;
   const media = element("div", { className: "media" });
-  const about = `from ${isolated(shortened(chatt.name, 60))}: ${shortened(message, 120)}`;
+  const about = `from ${isolated(shortened(chatt.name, 60))}${message && ": "}${shortened(message, 120)}`;
   if (chatt.image) media.append(pictureElement(chatt.image, about));
   if (chatt.video) media.append(videoElement(chatt.video, about));
   item.append(
@@ -146,10 +146,10 @@ function chattElement(chatt) {
         {},
         element("h2", { dir: "auto", textContent: chatt.name }),
         timeElement(chatt.time),
+        element("span", { className: "chatt-actions" }),
       ),
       ...messageElements(message),
       media,
-      element("div", { className: "chatt-actions" }),
     ),
   );
   showDeleteButton(item);
@@ -535,7 +535,8 @@ function messageToSend() {
 
 const hasMedia = () => Boolean(attached.image || attached.video);
 const lengthOf = (text) => [...text].length; // in characters, as the server counts
-const megabytes = (size) => `${(size / 2 ** 20).toFixed(1)} MB`;
+const sizeInWords = (size) =>
+  size < 2 ** 20 ? `${Math.ceil(size / 2 ** 10)} KB` : `${(size / 2 ** 20).toFixed(1)} MB`;
 
 /** Say what is wrong with the form, or nothing. */
 function faultOfForm() {
@@ -565,8 +566,8 @@ function showLeft() {
 
 function attach(kind, file) {
   if (file.size > limits.media_max_size) {
-    const most = megabytes(limits.media_max_size);
-    showProblem(`This file is too large: it has ${megabytes(file.size)}, and ${most} is the most.`);
+    const most = sizeInWords(limits.media_max_size);
+    showProblem(`This file is too large: it has ${sizeInWords(file.size)}, and ${most} is the most.`);
     return;
   }
   showProblem("");
@@ -596,7 +597,7 @@ function attachment(kind, file) {
     formChanged();
     byId(kind).focus();
   });
-  const text = element("span", { textContent: `${shortened(file.name, 60)}, ${megabytes(file.size)}` });
+  const text = element("span", { textContent: `${shortened(file.name, 60)}, ${sizeInWords(file.size)}` });
   const item = element("li", {}, text, button);
   if (kind === "image") drawPreview(file, item);
   return item;
@@ -694,9 +695,7 @@ function sent({ delete_token: token, ...chatt }) {
   formChanged();
   setSending(false);
   showProblem("");
-  showNew(chatt, true);
-  const item = items.get(chatt.id);
-  if (item) showDeleteButton(item); // the stream may have been faster than the answer
+  showNew(chatt, true); // with its button: the stream may have shown it before the token was there
   byId("message").focus();
 }
 
@@ -783,7 +782,7 @@ document.addEventListener("visibilitychange", () => document.hidden || connectNo
 addEventListener("storage", ({ key }) => {
   if (key !== "chatterd.tokens") return;
   recallTokens();
-  for (const item of items.values()) showDeleteButton(item);
+  changeFeed(() => items.forEach(showDeleteButton));
 });
 
 // Yesterday begins at midnight.
