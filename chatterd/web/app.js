@@ -128,10 +128,10 @@ const shortened = (text, length) => (text.length > length ? `${text.slice(0, len
 
 function chattElement(chatt) {
   const message = chatt.message.replaceAll("\r\n", "\n");
-  const item = element("li", { className: "chatt", tabIndex: -1 });
+  const item = element("li", { className: "chatt" });
   item.dataset.id = chatt.id;
   item.dataset.time = chatt.time;
-  item.dataset.name = chatt.name;
+  item.chatt = JSON.stringify(chatt);
   const media = element("div", { className: "media" });
   const about = `from ${isolated(shortened(chatt.name, 60))}${message && ": "}${shortened(message, 120)}`;
   if (chatt.image) media.append(pictureElement(chatt.image, about));
@@ -281,8 +281,12 @@ function placePage(page) {
 /** Put a chatt where its time belongs, or in the place of what it was before. */
 function place(chatt) {
   if (deleted.has(chatt.id)) return null;
-  const item = chattElement(chatt);
   const former = items.get(chatt.id);
+  if (former?.chatt === JSON.stringify(chatt)) {
+    showDeleteButton(former);
+    return null;
+  }
+  const item = chattElement(chatt);
   items.set(chatt.id, item);
   if (former) {
     former.replaceWith(item);
@@ -346,12 +350,12 @@ function showNewest() {
 
 /** Show a chatt that has just come about. */
 function showNew(chatt, isOwn) {
+  if (isOwn) isAtEnd = true;
   changeFeed(() => {
     const item = place(chatt);
     if (!item) return;
     item.classList.add("new");
-    if (isOwn) isAtEnd = true;
-    else if (!isAtEnd) showUnseen(unseenCount + 1);
+    if (!isAtEnd) showUnseen(unseenCount + 1);
   });
 }
 
