@@ -6,7 +6,7 @@ import io
 import random
 import re
 import subprocess
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 import anyio
@@ -22,7 +22,7 @@ from tests.multipart import problem
 from tests.process import DEADLINE_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     import httpx2
     from playwright.async_api import Browser, FilePayload, Page, Route
@@ -158,8 +158,10 @@ async def test_a_video_is_posted_and_plays(
         await post(page, "Watch", video=data)
         video = page.get_by_label("Video from ⁨ann⁩: Watch")
         await expect(video).to_have_js_property("videoWidth", width)
-        await video.evaluate("video => { video.muted = true; return video.play() }")
-        await video.evaluate("video => video.ended || new Promise(ended => video.onended = ended)")
+        await video.evaluate(
+            "video => new Promise((ended) => { video.onended = ended; video.muted = true;"
+            " video.play().catch(() => {}) })"  # the end of a short one interrupts this
+        )
     assert (await client.get("/getimages")).json()[0][5].endswith(f".{kind}")
 
 
@@ -182,16 +184,16 @@ async def test_markup_in_a_chatt_is_shown_as_it_was_typed(
     browser: Browser, server: Server, client: httpx2.AsyncClient
 ) -> None:
     script = "<script>document.title = 'owned'</script>"
-    picture = "<img src=x onerror=\"document.title = 'owned'\">&amp;<b>\n\n  end"
+    picture = "<img src=x onerror=\"document.title = 'owned'\">&amp;<b>"
     async with visiting(browser, server.url) as ann, visiting(browser, server.url) as bob:
         mine, theirs = await ann.tab(), await bob.tab()
-        await post(mine, script, name=picture[:60])
+        await post(mine, script, name=picture)
         await post(mine, picture, name=script)
         for page in (mine, theirs):
             await expect(page.locator(".message")).to_have_count(2)
             assert await shown(page) == [script, picture]
             names = await page.locator(".chatt h2").all_text_contents()
-            assert names == [picture[:60], script]
+            assert names == [picture, script]
             assert await page.title() == "Chatter"
             assert await page.locator("#feed :is(script, img, b)").count() == 0
     assert len((await client.get("/getchatts")).json()) == 2
@@ -233,9 +235,10 @@ async def test_the_progress_of_an_upload_is_shown_and_the_chatt_comes_once(
         await post(page, "Slowly", image=photo(1500, 1000))
         bar = page.get_by_role("progressbar", name="Upload")
         await expect(bar).to_be_visible()
-        await page.wait_for_function("document.querySelector('progress').value > 5")
+        moved = "percent => document.querySelector('progress').value > percent"
+        await page.wait_for_function(moved, arg=5)
         early = await bar.evaluate("bar => bar.value")
-        await page.wait_for_function(f"document.querySelector('progress').value > {early} + 10")
+        await page.wait_for_function(moved, arg=early + 10)
         await expect(page.get_by_role("button", name="Sending…")).to_be_disabled()
         await expect_shown(page, "Slowly")
         await expect(bar).to_be_hidden()
@@ -308,7 +311,7 @@ async def test_what_the_server_refuses_is_said_in_a_sentence_and_stays_in_the_fo
         await page.get_by_role("button", name="Remove the picture").click()
         await page.get_by_role("button", name="Send").click()
         await expect_shown(page, "Look")
-        await expect(page.get_by_role("alert")).to_be_empty()
+        await expect(page.get_by_role("alert")).to_have_count(0)
 
 
 async def test_what_cannot_be_sent_is_said_before_it_is_sent(
@@ -391,7 +394,7 @@ async def test_somebody_who_was_offline_is_told_so_and_misses_nothing(
         await post(page, "before")
         await expect_shown(page, "before")
         await ann.context.set_offline(offline=True)
-        await expect(page.get_by_role("status")).to_have_text("You are offline.")
+        await expect(page.get_by_role("status")).to_have_text("Connection lost. Trying again…")
         for message in ("first", "second"):
             await client.post("/postchatt", json={"name": "bob", "message": message})
         await ann.context.set_offline(offline=False)
@@ -400,45 +403,49 @@ async def test_somebody_who_was_offline_is_told_so_and_misses_nothing(
 
 
 async def test_a_server_that_stops_and_starts_again_is_found_again_and_nothing_is_missed(
-    browser: Browser, start_server: StartServer, postgres_url: URL
+    browser: Browser, start_server: StartServer, own_database: str, psql: Connection
 ) -> None:
-    with database_at_head(postgres_url) as url:
-        server = start_server(DATABASE_URL=url)
-        async with (
-            connected(url) as database,
-            visiting(browser, server.url, may_fail=True) as ann,
-        ):
-            page = await ann.tab()
-            await post(page, "before")
-            await expect_shown(page, "before")
-            await anyio.to_thread.run_sync(server.stop)
-            await expect(page.get_by_role("status")).to_contain_text("Trying again…")
-            await post(page, "written meanwhile")
-            await expect(page.get_by_role("alert")).to_contain_text("Trying again…")
-            await database.execute("INSERT INTO chatts (name, message) VALUES ('bob', 'missed?')")
-            port = server.url.rpartition(":")[2]
-            start_server("--port", port, DATABASE_URL=url)
-            await expect_shown(page, "before", "missed?", "written meanwhile")
-            await expect(page.get_by_role("status")).to_have_text("Live")
+    server = start_server(DATABASE_URL=own_database)
+    async with visiting(browser, server.url, may_fail=True) as ann:
+        page = await ann.tab()
+        await post(page, "before")
+        await expect_shown(page, "before")
+        await anyio.to_thread.run_sync(server.stop)
+        await expect(page.get_by_role("status")).to_contain_text("Trying again…")
+        await post(page, "written meanwhile")
+        await expect(page.get_by_role("alert")).to_contain_text("Trying again…")
+        await psql.execute("INSERT INTO chatts (name, message) VALUES ('bob', 'missed?')")
+        await start_again(start_server, server, own_database)
+        await expect_shown(page, "before", "missed?", "written meanwhile")
+        await expect(page.get_by_role("status")).to_have_text("Live")
 
 
 async def test_a_server_whose_database_is_another_one_has_its_feed_shown_anew(
-    browser: Browser, start_server: StartServer, postgres_url: URL
+    browser: Browser, start_server: StartServer, database_url: str, other_database: str
 ) -> None:
-    with database_at_head(postgres_url) as url, database_at_head(postgres_url) as other_url:
-        server = start_server(DATABASE_URL=url)
-        async with (
-            connected(other_url) as other,
-            visiting(browser, server.url, may_fail=True) as ann,
-        ):
-            page = await ann.tab()
-            await post(page, "gone")
-            await expect_shown(page, "gone")
-            await other.execute("INSERT INTO chatts (name, message) VALUES ('bob', 'restored')")
-            await anyio.to_thread.run_sync(server.stop)
-            start_server("--port", server.url.rpartition(":")[2], DATABASE_URL=other_url)
-            await expect_shown(page, "restored")
-            await expect(page.get_by_role("status")).to_have_text("Live")
+    server = start_server(DATABASE_URL=database_url)
+    async with visiting(browser, server.url, may_fail=True) as ann, connected(other_database) as db:
+        page = await ann.tab()
+        await post(page, "gone")
+        await expect(page.get_by_text("gone", exact=True)).to_be_visible()
+        await db.execute("INSERT INTO chatts (name, message) VALUES ('bob', 'restored')")
+        await anyio.to_thread.run_sync(server.stop)
+        await start_again(start_server, server, other_database)
+        await expect_shown(page, "restored")
+        await expect(page.get_by_role("status")).to_have_text("Live")
+
+
+@pytest.fixture
+def other_database(postgres_url: URL) -> Iterator[str]:
+    with database_at_head(postgres_url) as url:
+        yield url
+
+
+async def start_again(start_server: StartServer, former: Server, database_url: str) -> None:
+    """Start a server where another one was."""
+    port = former.url.rpartition(":")[2]
+    start = partial(start_server, "--port", port, DATABASE_URL=database_url)
+    await anyio.to_thread.run_sync(start)
 
 
 # Long feeds. --------------------------------------------------------------------------------------
@@ -561,8 +568,9 @@ async def test_nothing_is_wider_than_a_narrow_phone(
             upload("x" * 200, "image/jpeg", photo())
         )
         await page.get_by_label("Message", exact=True).fill("y" * 4000)
-        for button in await page.get_by_role("button", name="Show all").all():
-            await button.click()
+        more = page.get_by_role("button", name="Show all")
+        while await more.count():
+            await more.first.click()
         wide = await page.evaluate(
             """() => [...document.querySelectorAll("body *")].filter((element) => {
               const box = element.getBoundingClientRect();

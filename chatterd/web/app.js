@@ -510,10 +510,10 @@ async function catchUp() {
   }
 }
 
-/** Connect at once when there is reason to believe that it works again. */
+/** Connect anew where the old connection may be dead, or where waiting is no longer needed. */
 function connectNow() {
   if (cursor === undefined) connect();
-  else if (stream?.readyState !== EventSource.OPEN) listen();
+  else listen();
 }
 
 // Writing. ------------------------------------------------------------------------------------
@@ -780,7 +780,7 @@ byId("older-again").addEventListener("click", loadOlder);
 byId("viewer").addEventListener("close", () => byId("viewer-picture").removeAttribute("src"));
 
 addEventListener("online", connectNow);
-addEventListener("offline", () => showConnection("You are offline.", false));
+addEventListener("offline", connectNow); // a server on the same machine is there all the same
 addEventListener("pageshow", ({ persisted }) => persisted && connectNow());
 document.addEventListener("visibilitychange", () => document.hidden || connectNow());
 addEventListener("storage", ({ key }) => {
