@@ -1,5 +1,6 @@
 """The application: plain ASGI, for Hypercorn or any other server."""
 
+import asyncio
 from collections.abc import Awaitable
 
 from sqlalchemy.engine import URL
@@ -38,10 +39,11 @@ class _Starlette(Starlette):
 
 def create_app(database_url: URL | None) -> Edge:
     """Return the application, which opens nothing before its lifespan begins."""
-    starlette = _Starlette(routes=routes, lifespan=lifespan(database_url))
+    stopping = asyncio.Event()
+    starlette = _Starlette(routes=routes, lifespan=lifespan(database_url, stopping))
     # 404 and not a redirect for a path that differs by a slash: every route has both forms.
     starlette.router.redirect_slashes = False
-    return Edge(starlette, settings.ALLOWED_HOSTS)
+    return Edge(starlette, settings.ALLOWED_HOSTS, stopping)
 
 
 app = create_app(settings.DATABASE_URL)

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import msgspec
 
+from chatterd import settings
 from chatterd.keys import Posted
 from chatterd.media import media_type_of
 from chatterd.schemas import Draft
@@ -122,6 +123,13 @@ def encoded_page(chatts: Iterable[StoredChatt], cursor: str, media_url: str) -> 
     """Return the JSON of a page."""
     raw = [msgspec.Raw(encoded(chatt, media_url)) for chatt in chatts]
     return _ENCODER.encode(Chatts(raw, cursor))
+
+
+def media_url_of(scheme: str, host: str) -> str:
+    """Return what stands before the keys in media addresses, for a request of this origin."""
+    # A WebSocket's address has schemes of its own: ws and wss.
+    base = settings.PUBLIC_URL or f"{scheme.replace('ws', 'http', 1)}://{host}"
+    return f"{base}/media/"
 
 
 def rfc3339(time: datetime) -> str:

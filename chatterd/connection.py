@@ -14,6 +14,7 @@ from hypercorn.asyncio import run, tcp_server
 from hypercorn.events import Event, RawData
 
 _IDLE_SECONDS: Final = 0.2
+_CLOSE_SECONDS: Final = 30.0
 # Up to here, what is sent within one turn of the event loop goes out in one write. A large part
 # goes alone: behind a head it would not begin on a page, and its copying took half as long again.
 _HELD_SIZE: Final = 32 * 1024
@@ -60,7 +61,10 @@ class Connection(tcp_server.TCPServer):
 
     async def _close(self) -> None:
         self._release()
-        await super()._close()
+        async with asyncio.timeout(_CLOSE_SECONDS) as deadline:
+            await super()._close()  # ends without an error also when it is cancelled
+        if deadline.expired():  # the client takes no more of what was sent
+            self.writer.transport.abort()
 
 
 class LateTask:

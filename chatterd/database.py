@@ -1,7 +1,7 @@
 """The way to PostgreSQL: one engine and one session factory per process, made in the lifespan."""
 
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -178,10 +178,20 @@ class Line:
     """A connection that one user keeps, for statements that are each a whole transaction.
 
     There is no pool, no BEGIN and no COMMIT in between: one round trip. One statement at a time.
+    With a `channel` it listens there while it is connected, and calls `on_notice` for each
+    notification, and when the connection is lost.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(
+        self,
+        database: Database,
+        *,
+        channel: str | None = None,
+        on_notice: Callable[[], None] = lambda: None,
+    ) -> None:
         self._database = database
+        self._channel = channel
+        self._on_notice = on_notice
         self._connection: AsyncConnection | None = None
         self._driver: asyncpg.Connection[asyncpg.Record] | None = None
         self.connects = 0
@@ -216,7 +226,13 @@ class Line:
         self._driver = (await self._connection.get_raw_connection()).driver_connection
         assert self._driver is not None
         await self._driver.execute(_LINE_SETTINGS)
+        if self._channel is not None:
+            await self._driver.add_listener(self._channel, self._notice)
+            self._driver.add_termination_listener(self._notice)
         self.connects += 1
+
+    def _notice(self, *_: object) -> None:
+        self._on_notice()
 
     async def aclose(self) -> None:
         """Give the connection back."""

@@ -34,12 +34,15 @@ class Edge:
     """An ASGI application around another.
 
     `allowed_hosts` are lower-case host names, `*.example.com` for every name below one, `*` for
-    any.
+    any. `stopping` is set before requests are given up: what would go on for ever is to end then.
     """
 
-    def __init__(self, app: ASGIApp, allowed_hosts: tuple[str, ...]) -> None:
+    def __init__(
+        self, app: ASGIApp, allowed_hosts: tuple[str, ...], stopping: asyncio.Event
+    ) -> None:
         self.app = app
         self._allowed_hosts = allowed_hosts
+        self._stopping = stopping
         self._requests: set[asyncio.Task[None]] = set()
         self._discards: set[asyncio.Task[None]] = set()
         # Unique like a UUID for each request would be, in a tenth of the time.
@@ -48,12 +51,15 @@ class Edge:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: C901 - its steps share the id, the body and whether the answer has begun
         """Answer one request, or pass the lifespan on."""
+        if scope["type"] == "websocket":
+            await self._serve_websocket(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         host, request_id, has_body = _head(scope)
         if not request_id or not _SANE_REQUEST_ID.fullmatch(request_id):
-            request_id = b"%b%x" % (self._id_prefix, next(self._id_counter))
+            request_id = self._new_id()
         begun = False
         body = None
         if has_body:
@@ -72,8 +78,7 @@ class Edge:
 
         app = self.app
         if not _names_one_of(self._allowed_hosts, host):
-            problem = Problem("host-not-allowed", "This server does not answer under this name.")
-            app = problem_response(problem, request_id.decode())
+            app = problem_response(_host_not_allowed(), request_id.decode())
         task = asyncio.current_task()
         assert task is not None
         self._requests.add(task)
@@ -96,12 +101,50 @@ class Edge:
             if body:
                 self._discard_rest(body)
 
+    async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a WebSocket be served, or refuse it by a problem as long as it is not accepted."""
+        host, request_id, _ = _head(scope)
+        if not request_id or not _SANE_REQUEST_ID.fullmatch(request_id):
+            request_id = self._new_id()
+        scope["request_id"] = request_id.decode()
+        begun = False
+
+        async def send_answer(message: Message) -> None:
+            nonlocal begun
+            if message["type"] in {"websocket.accept", "websocket.http.response.start"}:
+                begun = True
+                headers = [*message.get("headers", []), (b"x-request-id", request_id)]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        task = asyncio.current_task()
+        assert task is not None
+        self._requests.add(task)
+        app = self.app
+        if not _names_one_of(self._allowed_hosts, host):
+            app = problem_response(_host_not_allowed(), scope["request_id"])
+        try:
+            await app(scope, receive, send_answer)
+        except Exception as error:
+            if begun:
+                raise
+            problem = problem_of(error, "WebSockets")
+            await problem_response(problem, scope["request_id"])(scope, receive, send_answer)
+            if problem.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+                raise
+        finally:
+            self._requests.discard(task)
+
+    def _new_id(self) -> bytes:
+        return b"%b%x" % (self._id_prefix, next(self._id_counter))
+
     async def finish_requests(self, grace_seconds: float) -> None:
         """Give the requests under way `grace_seconds` to end, then end them.
 
         Python 3.12 and later wait for every open connection when a server stops: without this,
         one endless answer would keep the server from stopping.
         """
+        self._stopping.set()
         if self._requests:
             await asyncio.wait(set(self._requests), timeout=grace_seconds)
         for task in self._requests:
@@ -138,6 +181,10 @@ def _head(scope: Scope) -> tuple[bytes, bytes, bool]:
         elif name == b"transfer-encoding" or (name == b"content-length" and value != b"0"):
             has_body = True
     return host, request_id, has_body
+
+
+def _host_not_allowed() -> Problem:
+    return Problem("host-not-allowed", "This server does not answer under this name.")
 
 
 @lru_cache(256)

@@ -114,6 +114,16 @@ class BrokenAnswer(Exception):  # noqa: N818 - named for what it leaves
 
 def problem_response(problem: Problem, request_id: str) -> Response:
     """Return `problem` as the client sees it (contract §3)."""
+    return Response(
+        problem_body(problem, request_id),
+        problem.status,
+        problem.headers,
+        media_type="application/problem+json",
+    )
+
+
+def problem_body(problem: Problem, request_id: str) -> bytes:
+    """Return the JSON of `problem`."""
     title = _TITLES.get(problem.status) or http.HTTPStatus(problem.status).phrase
     body = {
         "type": "about:blank",
@@ -123,12 +133,7 @@ def problem_response(problem: Problem, request_id: str) -> Response:
         "code": problem.code,
         "request_id": request_id,
     }
-    return Response(
-        msgspec.json.encode(body),
-        problem.status,
-        problem.headers,
-        media_type="application/problem+json",
-    )
+    return msgspec.json.encode(body)
 
 
 def problem_of(error: Exception, method: str) -> Problem:

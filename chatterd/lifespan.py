@@ -1,5 +1,6 @@
 """What one process holds while it serves: made at start, given back at stop."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
@@ -14,6 +15,7 @@ from chatterd import settings
 from chatterd.database import Database
 from chatterd.feed import Feed
 from chatterd.keys import IdempotencyKeys, old_keys_forgotten
+from chatterd.live import Live
 from chatterd.media import MediaStore
 from chatterd.media_sweep import Leavings, swept
 from chatterd.writer import Writer
@@ -34,6 +36,7 @@ class State(TypedDict):
     database: Database
     writer: Writer
     feed: Feed
+    live: Live
     media: MediaStore
     keys: IdempotencyKeys
     leavings: Leavings
@@ -41,10 +44,11 @@ class State(TypedDict):
 
 
 def lifespan(
-    database_url: URL | None,
+    database_url: URL | None, stopping: asyncio.Event
 ) -> Callable[[Starlette], AbstractAsyncContextManager[Mapping[str, object]]]:
     """Return the application's lifespan on the database at `database_url`.
 
+    `stopping` is set when the server is about to stop: what would go on for ever ends then.
     Entering it raises `StartError` or `SchemaError` when the server must not start.
     """
 
@@ -67,6 +71,7 @@ def lifespan(
             async with (
                 aclosing(Writer(database)) as writer,
                 aclosing(Feed(database, settings.FEED_CACHE_BYTES)) as feed,
+                aclosing(Live(database, settings.STREAM_MAX_SUBSCRIBERS, stopping)) as live,
                 aclosing(media),
                 aclosing(IdempotencyKeys(database)) as keys,
                 aclosing(Leavings(database, settings.MEDIA_ROOT)) as leavings,
@@ -78,6 +83,7 @@ def lifespan(
                     database=database,
                     writer=writer,
                     feed=feed,
+                    live=live,
                     media=media,
                     keys=keys,
                     leavings=leavings,

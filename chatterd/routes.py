@@ -1,8 +1,8 @@
 """The API's table of contents."""
 
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 
-from chatterd import views
+from chatterd import views, ws
 
 _ENDPOINTS = {
     "/getchatts": views.GetChatts,
@@ -13,12 +13,14 @@ _ENDPOINTS = {
     "/llmprompt": views.LLMPrompt,
     "/v1/chatts": views.Chatts,
     "/v1/chatts/{id}": views.Chatt,
+    "/v1/stream": views.Stream,
     "/v1/limits": views.Limits,
     "/web/{name}": views.WebFile,
 }
 
 # Both forms answer directly: some clients do not follow a redirect of a POST (contract §1).
-routes = [
-    Route("/", views.WebPage),
-    *(Route(path + slash, endpoint) for slash in ("", "/") for path, endpoint in _ENDPOINTS.items()),
+routes: list[BaseRoute] = [
+    Route(path + slash, endpoint) for slash in ("", "/") for path, endpoint in _ENDPOINTS.items()
 ]
+routes += [WebSocketRoute(path, ws.LiveSocket) for path in ("/v1/ws", "/v1/ws/")]
+routes += [Route("/", views.WebPage)]

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import resource
 import signal
 import socket
 import ssl
@@ -17,7 +18,7 @@ import uvloop
 from hypercorn.config import Config
 from hypercorn.utils import LifespanFailureError
 
-from chatterd import connection
+from chatterd import connection, settings
 from chatterd.edge import Edge
 from chatterd.lifespan import StartError
 
@@ -30,6 +31,7 @@ _STOP_SECONDS: Final = 2.2
 # would outlast the stop.
 _TLS_GOODBYE_SECONDS: Final = 0.2
 _BACKLOG: Final = 1024
+_PING_SECONDS: Final = 20.0
 # Objects made and not yet freed, after which Python looks for garbage; its own default is 700.
 _GARBAGE_THRESHOLD: Final = 20_000
 
@@ -64,8 +66,16 @@ def url_of(listener: socket.socket, address: Address) -> str:
 
 def run(app: Edge, listener: socket.socket, address: Address, on_ready: Callable[[], None]) -> None:
     """Run `serve` in an event loop of its own."""
+    _allow_descriptors()
     with asyncio.Runner(loop_factory=_Loop) as runner:
         runner.run(serve(app, listener, address, on_ready))
+
+
+def _allow_descriptors() -> None:
+    """Allow as many open connections and files as the system lets us: each takes a descriptor."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS says "no limit" and means another
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class _Loop(uvloop.Loop):
@@ -171,6 +181,9 @@ def _config(listener: socket.socket, address: Address) -> Config:
     # Parts of a body that wait for the application, of 64 KiB each. With room for two, Hypercorn
     # was seen to wait for itself and to keep connections whose client had left.
     config.max_app_queue_size = 4
+    config.websocket_max_message_size = settings.JSON_MAX_SIZE
+    # Who has gone without a word is noticed, and proxies do not hang up.
+    config.websocket_ping_interval = _PING_SECONDS
     config.include_server_header = False
     config.graceful_timeout = 0.5  # requests had their time before
     # Also the time a request's head may take.

@@ -131,7 +131,7 @@ DATABASE_URL: URL | None = _setting(
     right="postgresql://user:password@host:5432/database, or empty for the embedded PostgreSQL",
 )
 DATABASE_POOL_SIZE: int = _setting(
-    "DATABASE_POOL_SIZE", _integer(3, 1000), "10", right="a number of connections, 3 to 1000"
+    "DATABASE_POOL_SIZE", _integer(5, 1000), "10", right="a number of connections, 5 to 1000"
 )
 DATABASE_TIMEOUT: int = _setting(
     "DATABASE_TIMEOUT", _integer(1, 600), "5", right="a number of seconds, 1 to 600"
@@ -196,6 +196,12 @@ MEDIA_FREE_FLOOR: int = _setting(
 )
 UPLOADS_MAX: int = _setting(
     "UPLOADS_MAX", _integer(1, 10_000), "64", right="a number of uploads, 1 to 10000"
+)
+STREAM_MAX_SUBSCRIBERS: int = _setting(
+    "STREAM_MAX_SUBSCRIBERS",
+    _integer(0, 1_000_000),
+    "1000",
+    right="a number of connections, 0 to 1000000",
 )
 FEED_CACHE_BYTES: int = _setting(
     "FEED_CACHE_BYTES",

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from chatterd import settings
 from chatterd.bodies import received_bytes, received_form
-from chatterd.chatts import encoded_new
+from chatterd.chatts import encoded_new, media_url_of
 from chatterd.chatts_http import chatt_response, deleted, page_response
 from chatterd.feed_http import PartsResponse, feed_response
 from chatterd.keys import Claim, Posted, key_in
@@ -22,6 +22,7 @@ from chatterd.llm import LLMResponse
 from chatterd.media_http import media_response
 from chatterd.paging import wanted
 from chatterd.schemas import Draft, draft_from_fields, draft_from_json
+from chatterd.stream_http import StreamResponse, changes_response
 from chatterd.web_http import web_response
 from chatterd.writer import NO_FILES
 
@@ -35,6 +36,7 @@ _LIMITS: Final = msgspec.json.encode(
         "media_total_size": settings.MEDIA_TOTAL_SIZE,
         "media_free_floor": settings.MEDIA_FREE_FLOOR,
         "uploads_max": settings.UPLOADS_MAX,
+        "stream_max_subscribers": settings.STREAM_MAX_SUBSCRIBERS,
         "upload_timeout": settings.UPLOAD_TIMEOUT,
     }
 )
@@ -113,6 +115,8 @@ class Chatts(Endpoint):
         """Answer a page of the feed, or what has changed after a cursor."""
         page = wanted(request.scope["query_string"], with_changes=True)
         state, media_url = request.state, _media_url(request)
+        if page is not None and page.since is not None:
+            return await changes_response(state["live"], page, media_url, request.receive)
         return await page_response(request, state["database"], state["feed"], page, media_url)
 
     async def post(self, request: Request[State]) -> Response:
@@ -138,6 +142,15 @@ class Chatt(Endpoint):
         keys = await deleted(request.state["database"], request.path_params["id"], token)
         request.state["leavings"].remove_soon(keys)
         return Response(status_code=204)
+
+
+class Stream(Endpoint):
+    """What happens, as it happens (contract §2)."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer with Server-Sent Events, behind a cursor or from now on."""
+        cursor = request.headers.get("last-event-id") or request.query_params.get("since")
+        return StreamResponse(request.state["live"], cursor, _media_url(request))
 
 
 class Media(Endpoint):
@@ -214,8 +227,7 @@ def _claimed(request: Request[State], route: str) -> AbstractAsyncContextManager
 
 
 def _media_url(request: Request[State]) -> str:
-    base = settings.PUBLIC_URL or f"{request.url.scheme}://{request.headers['host']}"
-    return f"{base}/media/"
+    return media_url_of(request.url.scheme, request.headers["host"])
 
 
 def _done(posted: Posted) -> Response:

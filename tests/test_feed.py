@@ -752,7 +752,7 @@ async def test_the_smallest_pool_is_enough(
     own_database: str, psql: Connection, start_server: StartServer
 ) -> None:
     await psql.execute(INSERT_MANY.format(20_000))
-    server = start_server(DATABASE_URL=own_database, DATABASE_POOL_SIZE="3", FEED_CACHE_BYTES=LEAST)
+    server = start_server(DATABASE_URL=own_database, DATABASE_POOL_SIZE="5", FEED_CACHE_BYTES=LEAST)
     async with client_of(server) as client:
         await post(client, "hi")
         rows = (await client.get("/getchatts")).json()

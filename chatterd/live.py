@@ -1,0 +1,464 @@
+"""Following the log: what has changed, to those who are connected, as it is committed.
+
+PostgreSQL's notifications only wake the one reader of a process; the table tells what there is
+(contract §2, docs/decisions/0012-live.md).
+"""
+
+import asyncio
+import logging
+import random
+import re
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any, Final, NamedTuple, TypeVar
+
+from chatterd.chatts import StoredChatt
+from chatterd.database import Database, Line, Statement
+from chatterd.errors import DatabaseUnavailable, Problem
+from chatterd.models import log_after, log_end
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SILENCE_SECONDS: Final = 15.0
+"""After so long without an event, a subscriber is to say something, or proxies hang up."""
+
+# What the table may hold that no notification has told of: one that was lost, or the end of a
+# connection that nobody has noticed.
+_CHECK_SECONDS: Final = 15.0
+_TICK_SECONDS: Final = 1.0
+# A client that takes nothing for so long has gone, or will not miss its connection.
+_STUCK_SECONDS: Final = 30.0
+_BACKOFF_SECONDS: Final = (0.05, 2.0)
+# After a delivery the reader rests for some times as long as it took, so that posting goes on
+# beside many subscribers: what is committed meanwhile goes out together.
+_REST_FACTOR: Final = 20.0
+_REST_MAX_SECONDS: Final = 0.1
+
+_PAGE_LIMIT: Final = 500
+# What is kept for those who are a little behind; who is further behind is cut, and resumes.
+_KEPT_EVENTS: Final = 5_000
+_KEPT_SIZE: Final = 8 * 1024 * 1024
+_BATCH_SIZE: Final = 128 * 1024
+_EVENT_OVERHEAD: Final = 400
+
+# Addresses differ by the host that a request names, and strangers choose that.
+_ENCODED_MAX: Final = 8
+
+_LOG_END: Final = Statement(log_end())
+_LOG_AFTER: Final = Statement(log_after(_PAGE_LIMIT))
+
+_CURSOR: Final = re.compile(r"([0-9a-f]{32}\.[0-9]{1,10})\.([0-9]{1,18})")
+
+
+class Event(NamedTuple):
+    """A chatt that was posted or changed, or one that was deleted."""
+
+    seq: int
+    is_deleted: bool
+    chatt: StoredChatt
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes, about."""
+        return len(self.chatt.name) + len(self.chatt.message) + _EVENT_OVERHEAD
+
+
+class Batch:
+    """Events in commit order, and the cursor behind the last.
+
+    With `is_reset` there are none: what happened cannot be told, and the feed is to be read anew.
+    Subscribers at the same place share one, and what was made of it.
+    """
+
+    __slots__ = ("_encoded", "events", "is_reset", "log")
+
+    def __init__(self, log: str, events: Sequence[Event], *, is_reset: bool = False) -> None:
+        self.log = log
+        self.events = events
+        self.is_reset = is_reset
+        self._encoded: dict[tuple[object, str], Any] = {}
+
+    def encoded(self, media_url: str, encode: "Callable[[Batch, str], T]") -> T:
+        """Return what `encode` makes of this, once for each address."""
+        found: T | None = self._encoded.get((encode, media_url))
+        if found is None:
+            if len(self._encoded) >= _ENCODED_MAX:
+                self._encoded.clear()
+            found = self._encoded[encode, media_url] = encode(self, media_url)
+        return found
+
+    def cursor_of(self, event: Event) -> str:
+        """Return the cursor behind one of the events."""
+        return f"{self.log}.{event.seq}"
+
+
+class Position(NamedTuple):
+    """A place in a log: `log` is the feed's epoch and table, `seq` the last number before it."""
+
+    log: str
+    seq: int
+
+    def __str__(self) -> str:
+        return f"{self.log}.{self.seq}"
+
+
+def position_of(cursor: str) -> Position | None:
+    """Return the place that a cursor names; None for what is no cursor of ours."""
+    match = _CURSOR.fullmatch(cursor)
+    return Position(match[1], int(match[2])) if match else None
+
+
+class StreamEnd(Exception):  # noqa: N818 - no fault: it is over
+    """A subscription has ended: the server stops, the client has left or is too far behind."""
+
+
+class Subscription:
+    """Somebody who follows the log, from `start` on."""
+
+    def __init__(self, live: "Live") -> None:
+        self._live = live
+        self._waiter: asyncio.Future[None] | None = None
+        self._is_caught_up = False
+        self._is_ended = False
+        self._is_reset = False
+        self._generation = 0
+        self._silent_since = 0.0
+        self._stuck_at: float | None = None
+        self._cut: asyncio.Timeout | None = None
+        self.position: Position | None = None
+        """What has been handed out up to here; None before the start."""
+
+    async def start(self, cursor: str | None) -> Position:
+        """Begin behind `cursor`, or now; return where.
+
+        A cursor that cannot be resumed makes the first batch a reset. Raises `StreamEnd`,
+        `DatabaseUnavailable`.
+        """
+        end = await self._live.end()
+        self.position = end
+        self._generation = self._live.generation
+        if cursor is not None:
+            asked = position_of(cursor)
+            if asked is None or asked.log != end.log or asked.seq > end.seq:
+                self._is_reset = True
+            else:
+                self.position = asked
+        return self.position
+
+    async def take(self) -> Batch | None:
+        """Return the next batch; None when there was none for `SILENCE_SECONDS`.
+
+        Before the start there is none. Raises `StreamEnd`, `DatabaseUnavailable` while it is
+        behind.
+        """
+        self._silent_since = self._live.time()
+        while not self._is_ended:
+            batch = None if self.position is None else await self._next(self.position)
+            if batch is not None:
+                if batch.events:
+                    self.position = Position(batch.log, batch.events[-1].seq)
+                return batch
+            self._waiter = self._live.waiter()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+            if self._live.time() >= self._silent_since + SILENCE_SECONDS:
+                return None
+        raise StreamEnd
+
+    async def _next(self, position: Position) -> Batch | None:
+        if self._is_reset or self._generation != self._live.generation:
+            self._is_reset = False
+            self.position = await self.start(None)
+            return Batch(self.position.log, (), is_reset=True)
+        kept = self._live.kept
+        if kept is None:  # the reader begins anew, and will wake those who wait
+            return None
+        if position.seq >= kept.start:
+            self._is_caught_up = True
+            return kept.after(position.seq)
+        if self._is_caught_up:
+            raise StreamEnd  # it was too slow; it may come back with its cursor
+        start = kept.start
+        batch = await self._live.changes(position, _PAGE_LIMIT)
+        if batch.is_reset:
+            self._is_reset = True
+        elif batch.events:
+            return batch
+        else:
+            # There is nothing in between, and will not be: numbers only grow.
+            self.position = position = position._replace(seq=start)
+        return await self._next(position)
+
+    @asynccontextmanager
+    async def sending(self) -> AsyncIterator[None]:
+        """Be cut while the context lasts if the client takes nothing; raises `StreamEnd` then."""
+        try:
+            async with asyncio.timeout(None) as self._cut:
+                yield
+        except TimeoutError:
+            raise StreamEnd from None
+        finally:
+            self._cut = None
+
+    def begin_sending(self) -> None:
+        """Take note that something is handed to the client from now on."""
+        self._stuck_at = self._live.time() + _STUCK_SECONDS
+
+    def end_sending(self) -> None:
+        """Take note that the client has room for it."""
+        self._stuck_at = None
+
+    def end(self) -> None:
+        """Let `take` raise `StreamEnd`."""
+        self._is_ended = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Let `take` look."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def tick(self, now: float, kept: "Kept | None") -> None:
+        """Look whether it has been silent, or stuck, for too long."""
+        if self._waiter is not None:
+            if now >= self._silent_since + SILENCE_SECONDS:
+                self.wake()
+        elif self._stuck_at is not None and self._cut is not None:
+            is_behind = (
+                self._is_caught_up
+                and kept is not None
+                and self.position is not None
+                and self.position.seq < kept.start
+            )
+            if is_behind or now >= self._stuck_at:
+                self._cut.reschedule(now)
+
+
+class Kept:
+    """The newest events, which all subscribers share, after the number `start`."""
+
+    def __init__(self, end: Position) -> None:
+        self.log = end.log
+        self.start = self.seq = end.seq
+        self._events: list[Event] = []
+        self._size = 0
+        self._batches: dict[int, Batch] = {}
+
+    def extend(self, events: Sequence[Event]) -> None:
+        """Add the events that follow; the oldest go when there are too many."""
+        self._events += events
+        self._size += sum(event.size for event in events)
+        self.seq = events[-1].seq
+        self._batches.clear()
+        over = max(0, len(self._events) - _KEPT_EVENTS)
+        self._size -= sum(event.size for event in self._events[:over])
+        while self._size > _KEPT_SIZE:
+            self._size -= self._events[over].size
+            over += 1
+        if over:
+            self.start = self._events[over - 1].seq
+            del self._events[:over]
+
+    def after(self, seq: int) -> Batch | None:
+        """Return the events after `seq`, or the first of them where they are many."""
+        if seq >= self.seq:
+            return None
+        batch = self._batches.get(seq)
+        if batch is None:
+            first = bisect_right(self._events, seq, key=lambda event: event.seq)
+            events = _beginning(self._events[first : first + _PAGE_LIMIT])
+            batch = self._batches[seq] = Batch(self.log, events)
+        return batch
+
+
+class Live:
+    """The log's reader in this process, and its subscribers, at most `max_subscribers`.
+
+    It reads while there are any. `stopping` ends them all.
+    """
+
+    def __init__(self, database: Database, max_subscribers: int, stopping: asyncio.Event) -> None:
+        self._database = database
+        self._max_subscribers = max_subscribers
+        self._stopping = stopping
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        self._line = Line(database, channel="chatts", on_notice=self._changed.set)
+        self._subscribers: set[Subscription] = set()
+        self._asking: list[asyncio.Future[Position]] = []
+        self._tasks = [asyncio.create_task(work()) for work in (self._follow, self._stop)]
+        self.kept: Kept | None = None
+        self.generation = 0
+        """Another one means that what was handed out before cannot be continued."""
+        self.time = self._loop.time
+
+    @contextmanager
+    def subscribed(self) -> Iterator[Subscription]:
+        """Have a place among the subscribers; raises `Problem` 503 when there is none."""
+        if len(self._subscribers) >= self._max_subscribers or self._stopping.is_set():
+            raise Problem(
+                "too-many-subscribers",
+                "Too many are connected at the moment; try again in a moment.",
+                {"Retry-After": str(random.randint(1, 5))},  # noqa: S311 - no secret
+            )
+        subscription = Subscription(self)
+        self._subscribers.add(subscription)
+        try:
+            yield subscription
+        finally:
+            self._subscribers.discard(subscription)
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the server is about to end."""
+        return self._stopping.is_set()
+
+    async def end(self) -> Position:
+        """Return the end of the log at a moment after the call.
+
+        Raises `DatabaseUnavailable`.
+        """
+        asking: asyncio.Future[Position] = self._loop.create_future()
+        self._asking.append(asking)
+        self._changed.set()
+        return await asking
+
+    async def changes(self, position: Position | None, limit: int) -> Batch:
+        """Return the first events after `position`; a reset where they cannot be told.
+
+        Raises `DatabaseUnavailable`.
+        """
+        async with self._database.transaction() as session:
+            seq = 0 if position is None else position.seq
+            rows = (await session.execute(log_after(limit), {"seq": seq})).all()
+            head = rows[0]
+            log = f"{head.epoch.hex}.{head.table}"
+            if position is not None and position.log == log and position.seq <= head.last_seq:
+                events = [_event(row) for row in rows if row.seq is not None]
+                return Batch(log, _beginning(events))
+        return Batch(log, (), is_reset=True)
+
+    def waiter(self) -> "asyncio.Future[None]":
+        """Return what `Subscription.wake` ends."""
+        return self._loop.create_future()
+
+    async def aclose(self) -> None:
+        """End every subscription and give the connection back."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._end_all()
+        await self._line.aclose()
+
+    async def _stop(self) -> None:
+        await self._stopping.wait()
+        self._end_all()
+
+    def _end_all(self) -> None:
+        for subscription in self._subscribers:
+            subscription.end()
+
+    async def _follow(self) -> None:
+        """Read whenever there is something to read, for ever."""
+        checked = ticked = 0.0
+        pause, longest = _BACKOFF_SECONDS
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_TICK_SECONDS):
+                    await self._changed.wait()
+            now = self.time()
+            if now >= ticked + _TICK_SECONDS:
+                ticked = now
+                for subscription in self._subscribers:
+                    subscription.tick(now, self.kept)
+            if not self._subscribers and not self._asking:
+                self.kept = None  # what comes now, nobody will have seen
+                self._changed.clear()
+            elif self._changed.is_set() or now >= checked + _CHECK_SECONDS:
+                self._changed.clear()
+                checked = now
+                if await self._read_and_tell():
+                    pause = _BACKOFF_SECONDS[0]
+                    await self._rest()
+                else:
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, longest)
+                    self._changed.set()
+
+    async def _read_and_tell(self) -> bool:
+        """Read to the end of the log; tell whether the database was there."""
+        asking, self._asking = self._asking, []
+        try:
+            end = await self._read()
+        except Exception as error:
+            if not isinstance(error, DatabaseUnavailable):
+                logger.exception("The log cannot be followed")
+            # Those who came meanwhile, too, or a database that hangs would be waited for twice.
+            asking, self._asking = asking + self._asking, []
+            for future in asking:
+                if not future.done():
+                    future.set_exception(error)
+            return False
+        for future in asking:
+            if not future.done():  # else cancelled
+                future.set_result(end)
+        return True
+
+    async def _read(self) -> Position:
+        while self.kept is not None:
+            rows = await self._line.fetch(_LOG_AFTER, seq=self.kept.seq)
+            head = rows[0] if rows else None
+            if (
+                head is None
+                or f"{head['epoch'].hex}.{head['table']}" != self.kept.log
+                or head["last_seq"] < self.kept.seq
+            ):
+                break
+            if head["seq"] is not None:
+                self.kept.extend([_event(row) for row in rows])
+                self._wake_all()
+            if head["seq"] is None or len(rows) < _PAGE_LIMIT:
+                return Position(self.kept.log, self.kept.seq)
+        return await self._begin()
+
+    async def _begin(self) -> Position:
+        """Begin at the end of the log; who follows another learns of it by a reset."""
+        rows = await self._line.fetch(_LOG_END)
+        if not rows:  # as within a restore
+            raise DatabaseUnavailable
+        end = Position(f"{rows[0]['epoch'].hex}.{rows[0]['table']}", rows[0]["newest"])
+        self.kept = Kept(end)
+        self.generation += 1
+        self._wake_all()
+        return end
+
+    def _wake_all(self) -> None:
+        for subscription in self._subscribers:
+            subscription.wake()
+
+    async def _rest(self) -> None:
+        """Let the subscribers go, then all others."""
+        began = self.time()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await asyncio.sleep(min(_REST_FACTOR * (self.time() - began), _REST_MAX_SECONDS))
+
+
+def _event(row: Any) -> Event:  # noqa: ANN401 - SQLAlchemy's row or asyncpg's record
+    seq, is_deleted = tuple(row)[3:5]
+    return Event(seq, is_deleted, StoredChatt.of(row))
+
+
+def _beginning(events: Sequence[Event]) -> Sequence[Event]:
+    """Return as many of the first events as go out at once."""
+    size = 0
+    for index, event in enumerate(events):
+        size += event.size
+        if size > _BATCH_SIZE:
+            return events[: index + 1]
+    return events
