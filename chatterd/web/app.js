@@ -17,6 +17,7 @@ const REQUEST_MS = 20_000;
 const POST_MS = 60_000;
 // A connection that broke without a word says nothing, like a quiet one: so it is made anew.
 const QUIET_MS = 90_000;
+const ARRIVE_MS = 20;
 const NEAR_END_PX = 80;
 const PICTURE_BOX = [480, 360];
 
@@ -181,21 +182,29 @@ function messageElements(text) {
   return [message, more];
 }
 
+const HOUR = { hour: "2-digit", minute: "2-digit" };
+const DAY = { ...HOUR, day: "numeric", month: "short" };
+// In the reader's zone and language. To make one takes longer than to use it for a whole page.
+const [ofToday, ofThisYear, ofFormerYears, inFull] = [
+  HOUR,
+  DAY,
+  { ...DAY, year: "numeric" },
+  { dateStyle: "full", timeStyle: "long" },
+].map((format) => new Intl.DateTimeFormat(undefined, format));
+
 function timeElement(time) {
-  const full = { dateStyle: "full", timeStyle: "long" };
-  const made = element("time", { dateTime: time });
-  made.title = new Intl.DateTimeFormat(undefined, full).format(new Date(time));
+  const made = element("time", { dateTime: time, title: inFull.format(new Date(time)) });
   showTime(made);
   return made;
 }
 
-/** Only the hour for today, with the day for others, in the reader's zone and language. */
+/** Only the hour for today, with the day for others. */
 function showTime(made) {
   const [time, now] = [new Date(made.dateTime), new Date()];
-  const format = { hour: "2-digit", minute: "2-digit" };
-  if (time.toDateString() !== now.toDateString()) Object.assign(format, { day: "numeric", month: "short" });
-  if (time.getFullYear() !== now.getFullYear()) format.year = "numeric";
-  made.textContent = new Intl.DateTimeFormat(undefined, format).format(time);
+  let format = ofFormerYears;
+  if (time.toDateString() === now.toDateString()) format = ofToday;
+  else if (time.getFullYear() === now.getFullYear()) format = ofThisYear;
+  made.textContent = format.format(time);
 }
 
 function pictureElement(image, about) {
@@ -348,15 +357,12 @@ function showNewest() {
   scroller.focus({ preventScroll: true });
 }
 
-/** Show a chatt that has just come about. */
-function showNew(chatt, isOwn) {
-  if (isOwn) isAtEnd = true;
-  changeFeed(() => {
-    const item = place(chatt);
-    if (!item) return;
-    item.classList.add("new");
-    if (!isAtEnd) showUnseen(unseenCount + 1);
-  });
+/** Show a chatt that has just come about, within `changeFeed`. */
+function showNew(chatt) {
+  const item = place(chatt);
+  if (!item) return;
+  item.classList.add("new");
+  if (!isAtEnd) showUnseen(unseenCount + 1);
 }
 
 // Older chatts. -------------------------------------------------------------------------------
@@ -412,6 +418,7 @@ let cursor;
 let stream;
 let connectCount = 0;
 let failures = 0;
+const arrivals = [];
 let reconnecting; // the timers
 let quiet;
 
@@ -432,6 +439,7 @@ async function connect() {
     cursor = page.cursor;
     isAtEnd = true;
     changeFeed(() => {
+      arrivals.length = 0;
       feed.replaceChildren();
       items.clear();
       deleted.clear();
@@ -463,8 +471,8 @@ function listen() {
     if (stream.readyState === EventSource.CLOSED) lose("There are no live updates.", catchUp);
     else showConnection("Connection lost. Trying again…", false);
   };
-  on("chatt", (chatt) => showNew(chatt, false));
-  on("delete", ({ id }) => changeFeed(() => remove(id)));
+  on("chatt", (chatt) => arrive(() => showNew(chatt)));
+  on("delete", ({ id }) => arrive(() => remove(id)));
   on("reset", connect);
 }
 
@@ -474,6 +482,13 @@ function on(name, handle) {
     watchQuiet();
     handle(JSON.parse(event.data));
   });
+}
+
+/** Change the feed soon: many events come at once after a break, and are shown at once. */
+function arrive(change) {
+  arrivals.push(change);
+  if (arrivals.length > 1) return;
+  setTimeout(() => changeFeed(() => arrivals.splice(0).forEach((arrived) => arrived())), ARRIVE_MS);
 }
 
 function watchQuiet() {
@@ -501,8 +516,10 @@ async function catchUp() {
       return;
     }
     cursor = changes.cursor;
-    for (const chatt of changes.chatts) showNew(chatt, false);
-    changeFeed(() => changes.deleted.forEach(remove));
+    changeFeed(() => {
+      changes.chatts.forEach(showNew);
+      changes.deleted.forEach(remove);
+    });
     listen();
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
@@ -699,7 +716,9 @@ function sent({ delete_token: token, ...chatt }) {
   formChanged();
   setSending(false);
   showProblem("");
-  showNew(chatt, true); // with its button: the stream may have shown it before the token was there
+  isAtEnd = true;
+  // With its button: the stream may have shown it before the token was there.
+  changeFeed(() => showNew(chatt));
   byId("message").focus();
 }
 
