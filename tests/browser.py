@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, Literal, TypedDict, Unpack
 from urllib.parse import urlsplit
 
 from playwright.async_api import async_playwright
@@ -12,7 +12,14 @@ from playwright.async_api import async_playwright
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, Request
+    from playwright.async_api import (
+        Browser,
+        BrowserContext,
+        ConsoleMessage,
+        Page,
+        Request,
+        ViewportSize,
+    )
 
 CHROMIUM: Final = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 # Chromium's sandbox refuses to run as root, which runs the tests in a container.
@@ -27,6 +34,16 @@ async def open_browser() -> AsyncIterator[Browser]:
             yield browser
         finally:
             await browser.close()
+
+
+class Options(TypedDict, total=False):
+    """What a visitor's browser is like."""
+
+    viewport: ViewportSize
+    color_scheme: Literal["light", "dark"]
+    reduced_motion: Literal["reduce"]
+    timezone_id: str
+    bypass_csp: bool
 
 
 class Visitor:
@@ -62,14 +79,13 @@ class Visitor:
 
 @asynccontextmanager
 async def visiting(
-    browser: Browser, url: str, *, may_fail: bool = False, **options: Any
+    browser: Browser, url: str, *, may_fail: bool = False, **options: Unpack[Options]
 ) -> AsyncIterator[Visitor]:
-    """Make a visitor; `options` are those of a browser context.
+    """Make a visitor, whose pages must be faultless in the end.
 
-    The pages must be faultless in the end. `may_fail` says that requests may fail: the browser
-    itself writes that into the console.
+    `may_fail` says that requests may fail: the browser itself writes that into the console.
     """
-    context = await browser.new_context(**{"locale": "en-GB"} | options)
+    context = await browser.new_context(locale="en-GB", **options)
     try:
         visitor = Visitor(context, url)
         yield visitor

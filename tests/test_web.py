@@ -6,14 +6,15 @@ import io
 import random
 import re
 import subprocess
+from contextlib import suppress
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, Final, TypedDict
+from importlib.resources import files
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import anyio
 import pytest
-from axe_playwright_python.base import AXE_SCRIPT
 from PIL import Image
-from playwright.async_api import expect
+from playwright.async_api import TimeoutError, expect  # noqa: A004
 
 from tests import samples
 from tests.browser import open_browser, visiting
@@ -25,13 +26,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     import httpx2
-    from playwright.async_api import Browser, FilePayload, Page, Route
+    from playwright.async_api import Browser, FilePayload, Locator, Page, Route
     from sqlalchemy.engine import URL
 
     from tests.multipart import Connection
     from tests.process import Server
-
-PHONE: Final = {"viewport": {"width": 320, "height": 568}}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,14 @@ async def shown(page: Page) -> list[str]:
 
 
 async def expect_shown(page: Page, *messages: str) -> None:
-    await expect(page.locator(".message")).to_have_text(list(messages))
+    """Wait until these are the messages in the feed, looking more often than `expect` does."""
+    same = """messages => {
+      const shown = [...document.querySelectorAll(".message")];
+      return shown.map((message) => message.textContent).join("\\0") === messages.join("\\0");
+    }"""
+    with suppress(TimeoutError):
+        await page.wait_for_function(same, arg=messages)
+    assert await shown(page) == list(messages)
 
 
 @cache
@@ -129,7 +135,7 @@ async def test_a_picture_is_shown_small_and_large(
     async with visiting(browser, server.url) as ann, visiting(browser, server.url) as bob:
         mine, theirs = await ann.tab(), await bob.tab()
         await post(mine, "Look", image=photo(1200, 800))
-        small = theirs.get_by_role("img", name="Picture from ⁨ann⁩: Look")
+        small = theirs.get_by_role("img", name="Picture from \u2068ann\u2069: Look")
         await small.scroll_into_view_if_needed()
         await wait_for_width(small, 512)  # the thumbnail
         await small.click()
@@ -144,7 +150,7 @@ async def test_a_picture_is_shown_small_and_large(
         await expect(theirs.locator(".picture")).to_be_focused()
 
 
-async def wait_for_width(locator: Any, width: int) -> None:
+async def wait_for_width(locator: Locator, width: int) -> None:
     await expect(locator).to_have_js_property("naturalWidth", width)
 
 
@@ -156,7 +162,7 @@ async def test_a_video_is_posted_and_plays(
     async with visiting(browser, server.url) as ann:
         page = await ann.tab()
         await post(page, "Watch", video=data)
-        video = page.get_by_label("Video from ⁨ann⁩: Watch")
+        video = page.get_by_label("Video from \u2068ann\u2069: Watch")
         await expect(video).to_have_js_property("videoWidth", width)
         await video.evaluate(
             "video => new Promise((ended) => { video.onended = ended; video.muted = true;"
@@ -205,8 +211,7 @@ async def test_the_name_is_remembered_and_the_time_is_the_readers(
     await database.execute(
         "INSERT INTO chatts (name, message, time) VALUES ('ann', 'hi', '2024-02-29T20:15:00Z')"
     )
-    options = {"timezone_id": "Asia/Tokyo"}
-    async with visiting(browser, server.url, **options) as ann:
+    async with visiting(browser, server.url, timezone_id="Asia/Tokyo") as ann:
         page = await ann.tab()
         time = page.locator("time")
         assert await time.get_attribute("datetime") == "2024-02-29T20:15:00.000000Z"
@@ -265,7 +270,9 @@ async def test_a_chatt_whose_answer_was_lost_is_sent_again_and_stored_once(
         page = await ann.tab()
         await page.route("**/v1/chatts", lose_first_answer)
         await post(page, "Once")
-        await expect(page.get_by_text("The server cannot be reached. Trying again…")).to_be_visible()
+        await expect(
+            page.get_by_text("The server cannot be reached. Trying again…")
+        ).to_be_visible()
         await expect(page.get_by_label("Message", exact=True)).to_be_empty()
         await expect_shown(page, "Once")
         await post(page, "Once")  # what is written again is another chatt
@@ -507,7 +514,7 @@ class AxeViolation(TypedDict):
 
 async def faults_for_axe(page: Page) -> list[str]:
     """What axe-core finds that is serious or critical."""
-    await page.evaluate(AXE_SCRIPT)
+    await page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text())
     found: list[AxeViolation] = await page.evaluate("axe.run().then(found => found.violations)")
     return [
         f"{fault['id']}: {[node['html'] for node in fault['nodes']]}"
@@ -528,21 +535,26 @@ async def crowd(client: httpx2.AsyncClient) -> None:
     for chatt in chatts:
         assert (await client.post("/v1/chatts", json=chatt)).status_code == 201
     for image in (photo(2000, 20), photo(20, 2000), photo()):
-        files = {"image": image, "video": samples.WEBM}
+        uploads = {"image": image, "video": samples.WEBM}
         answer = await client.post(
-            "/v1/chatts", data={"name": "bob", "message": "Look"}, files=files
+            "/v1/chatts", data={"name": "bob", "message": "Look"}, files=uploads
         )
         assert answer.status_code == 201, answer.text
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 async def test_axe_finds_nothing_serious(
-    browser: Browser, server: Server, client: httpx2.AsyncClient, scheme: str
+    browser: Browser, server: Server, client: httpx2.AsyncClient, scheme: Literal["light", "dark"]
 ) -> None:
     await crowd(client)
-    # For axe, which is no part of the page. Nothing is faded in while its colours are looked at.
-    options = {"color_scheme": scheme, "bypass_csp": True, "reduced_motion": "reduce"}
-    async with visiting(browser, server.url, may_fail=True, **options) as ann:
+    async with visiting(
+        browser,
+        server.url,
+        may_fail=True,
+        color_scheme=scheme,
+        bypass_csp=True,  # for axe, which is no part of the page
+        reduced_motion="reduce",  # nothing is faded in while its colours are looked at
+    ) as ann:
         page = await ann.tab()
         await post(page, "Mine", image=samples.NEITHER["text"])
         await expect(page.get_by_role("alert")).to_contain_text("picture")
@@ -560,7 +572,7 @@ async def test_nothing_is_wider_than_a_narrow_phone(
     browser: Browser, server: Server, client: httpx2.AsyncClient
 ) -> None:
     await crowd(client)
-    async with visiting(browser, server.url, **PHONE) as ann:
+    async with visiting(browser, server.url, viewport={"width": 320, "height": 568}) as ann:
         page = await ann.tab()
         await post(page, "Mine", name="ann")
         await page.get_by_role("button", name="Delete").wait_for()
