@@ -46,34 +46,33 @@ async def fill(client: httpx2.AsyncClient) -> None:
     file = io.BytesIO()
     lake().save(file, "JPEG", quality=90)
     for name, message in chatts:
-        form = {"name": (None, name), "message": (None, message)}
-        picture = {"image": ("", file.getvalue())} if message.endswith(":") else {}
-        answer = await client.post("/v1/chatts", files=form | picture)
+        chatt = {"name": name, "message": message}
+        if message.endswith(":"):
+            picture = {"image": file.getvalue()}
+            answer = await client.post("/v1/chatts", data=chatt, files=picture)
+        else:
+            answer = await client.post("/v1/chatts", json=chatt)
         answer.raise_for_status()
 
 
 async def main() -> None:
-    desktop: Options = {"viewport": {"width": 960, "height": 960}, "color_scheme": "light"}
+    desktop: Options = {"viewport": {"width": 960, "height": 920}, "color_scheme": "light"}
     phone: Options = {"viewport": {"width": 390, "height": 760}, "color_scheme": "dark"}
     with open_folder() as folder, Server(folder) as server:
         async with httpx2.AsyncClient(base_url=server.url) as client, open_browser() as browser:
             await fill(client)
             for name, options in (("web-desktop", desktop), ("web-phone", phone)):
-                async with visiting(
-                    browser, server.url, reduced_motion="reduce", **options
-                ) as mira:
+                async with visiting(browser, server.url, **options) as mira:
                     page = await mira.tab()
                     await page.get_by_label("Name", exact=True).fill("Mira")
-                    message = "See you on Saturday!" if name == "web-phone" else "Then we are four."
-                    await page.get_by_label("Message", exact=True).fill(message)
+                    await page.get_by_label("Message", exact=True).fill("See you on Saturday!")
                     if name == "web-desktop":
-                        await page.keyboard.press("Control+Enter")
+                        await page.get_by_role("button", name="Send").click()
                         await page.get_by_role("button", name="Delete").wait_for()
-                        await page.get_by_label("Message", exact=True).fill("See you ")
-                    await page.wait_for_function(
-                        "() => [...document.images].every((image) => image.complete)"
-                    )
-                    save(await page.screenshot(), FOLDER / f"{name}.png")
+                    loaded = "() => document.querySelector('.picture img').naturalWidth"
+                    await page.wait_for_function(loaded)
+                    screenshot = await page.screenshot(animations="disabled")
+                    save(screenshot, FOLDER / f"{name}.png")
 
 
 def save(screenshot: bytes, path: Path) -> None:
