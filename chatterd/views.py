@@ -22,8 +22,9 @@ from chatterd.llm import LLMResponse
 from chatterd.media_http import media_response
 from chatterd.paging import wanted
 from chatterd.schemas import Draft, draft_from_fields, draft_from_json
-from chatterd.static import NOSNIFF, PAGE_HEADERS, Static
+from chatterd.static import PAGE_HEADERS, Static
 from chatterd.stream_http import StreamResponse, changes_response
+from chatterd.web_http import WEB_FILES
 
 _LIMITS: Final = msgspec.json.encode(
     {
@@ -41,7 +42,6 @@ _LIMITS: Final = msgspec.json.encode(
 )
 _OPENAPI: Final = Static(msgspec.json.encode(openapi.DOCUMENT), "application/json")
 _DOCS: Final = Static(docs_page.page(openapi.DOCUMENT), "text/html; charset=utf-8", PAGE_HEADERS)
-_DOCS_STYLE: Final = Static(docs_page.STYLE, "text/css; charset=utf-8", NOSNIFF)
 _JSON: Final = (b"content-type", b"application/json")
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
@@ -173,6 +173,25 @@ class Limits(Endpoint):
         return PartsResponse(200, [_JSON], [_LIMITS])
 
 
+class WebPage(Endpoint):
+    """The web client."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer the page."""
+        return WEB_FILES["index.html"].response(request)
+
+
+class WebFile(Endpoint):
+    """What the web client's page consists of."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer the file."""
+        file = WEB_FILES.get(request.path_params["name"])
+        if file is None:
+            raise HTTPException(404)
+        return file.response(request)
+
+
 class LLMPrompt(Endpoint):
     """Asking the language model that the operator runs (contract §1)."""
 
@@ -197,14 +216,6 @@ class Docs(Endpoint):
     async def get(self, request: Request[State]) -> Response:
         """Answer the OpenAPI document as a page."""
         return _DOCS.response(request)
-
-
-class DocsStyle(Endpoint):
-    """What the page of the API looks like."""
-
-    async def get(self, request: Request[State]) -> Response:
-        """Answer its style sheet."""
-        return _DOCS_STYLE.response(request)
 
 
 async def _posted_json(request: Request[State], route: str) -> tuple[Draft, Posted]:

@@ -144,9 +144,12 @@ CASES = [
     Case(500, "POST", "/llmprompt", content=b'{"model":"broken"}'),
     Case(502, "POST", "/llmprompt", content=b'{"model":"hangup"}'),
     Case(200, "GET", "/v1/limits"),
+    Case(200, "GET", "/web/{name}", given={"name": "app.js"}),
+    Case(304, "GET", "/web/{name}", "", {"If-None-Match": "*"}, given={"name": "app.js"}),
+    Case(404, "GET", "/web/{name}", given={"name": "unknown.js"}),
     *(
         case
-        for path in ("/openapi.json", "/docs", "/docs.css")
+        for path in ("/openapi.json", "/docs", "/")
         for case in (Case(200, "GET", path), Case(304, "GET", path, "", {"If-None-Match": "*"}))
     ),
 ]
