@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from chatterd import settings
+from chatterd import docs_page, openapi, settings
 from chatterd.bodies import received_bytes, received_form
 from chatterd.chatts import encoded_new, media_url_of
 from chatterd.chatts_http import chatt_response, deleted, page_response
@@ -22,7 +22,9 @@ from chatterd.llm import LLMResponse
 from chatterd.media_http import media_response
 from chatterd.paging import wanted
 from chatterd.schemas import Draft, draft_from_fields, draft_from_json
+from chatterd.static import PAGE_HEADERS, Static
 from chatterd.stream_http import StreamResponse, changes_response
+from chatterd.web_http import WEB_FILES
 
 _LIMITS: Final = msgspec.json.encode(
     {
@@ -38,6 +40,8 @@ _LIMITS: Final = msgspec.json.encode(
         "upload_timeout": settings.UPLOAD_TIMEOUT,
     }
 )
+_OPENAPI: Final = Static(msgspec.json.encode(openapi.DOCUMENT), "application/json")
+_DOCS: Final = Static(docs_page.page(openapi.DOCUMENT), "text/html; charset=utf-8", PAGE_HEADERS)
 _JSON: Final = (b"content-type", b"application/json")
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
@@ -169,6 +173,25 @@ class Limits(Endpoint):
         return PartsResponse(200, [_JSON], [_LIMITS])
 
 
+class WebPage(Endpoint):
+    """The web client."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer the page."""
+        return WEB_FILES["index.html"].response(request)
+
+
+class WebFile(Endpoint):
+    """What the web client's page consists of."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer the file."""
+        file = WEB_FILES.get(request.path_params["name"])
+        if file is None:
+            raise HTTPException(404)
+        return file.response(request)
+
+
 class LLMPrompt(Endpoint):
     """Asking the language model that the operator runs (contract §1)."""
 
@@ -177,6 +200,22 @@ class LLMPrompt(Endpoint):
         limit = settings.MEDIA_MAX_SIZE  # prompts may hold pictures
         prompt = await received_bytes(request.headers, request.receive, limit)
         return LLMResponse(request.state["llm"], prompt)
+
+
+class OpenAPI(Endpoint):
+    """The description of the API for programs."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer the OpenAPI document."""
+        return _OPENAPI.response(request)
+
+
+class Docs(Endpoint):
+    """The description of the API for people."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer the OpenAPI document as a page."""
+        return _DOCS.response(request)
 
 
 async def _posted_json(request: Request[State], route: str) -> tuple[Draft, Posted]:
