@@ -2,9 +2,9 @@
 
     python -m bench.subscribers PORT COUNT MODE
 
-opens `COUNT` streams and reads what comes until its standard input ends. MODE is `times`, to look
-at each chatt, or `discard`. It costs little, so as not to slow down the server that is measured: it
-looks only for the number in each message that begins with `POST `.
+opens `COUNT` streams and reads what comes until its standard input ends and nothing more comes.
+MODE is `times`, to look at each chatt, or `discard`. It costs little, so as not to slow down the
+server that is measured: it looks only for the number in each message that begins with `POST `.
 """
 
 import json
@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 _DEADLINE_SECONDS: Final = 60
+_PATIENCE_SECONDS: Final = 1.0
 _CHUNK_BYTES: Final = 1 << 16
 _NUMBER: Final = re.compile(rb'"message":"POST (\d+) ')
 _LONGEST_NUMBER: Final = 40
@@ -99,14 +100,17 @@ class _Subscribers:
         self._epoll.register(descriptor, select.EPOLLIN)
 
     def follow(self, *, times: bool) -> None:
-        """Read until the standard input ends."""
+        """Read until the standard input ends, and then what is on its way."""
         stdin = sys.stdin.fileno()
         self._epoll.register(stdin, select.EPOLLIN)
-        while True:
-            for descriptor, _ in self._epoll.poll():
+        patience_seconds = None
+        while ready := self._epoll.poll(patience_seconds):
+            for descriptor, _ in ready:
                 if descriptor == stdin:
-                    return
-                self._read(descriptor, times=times)
+                    self._epoll.unregister(stdin)
+                    patience_seconds = _PATIENCE_SECONDS
+                else:
+                    self._read(descriptor, times=times)
 
     def _read(self, descriptor: int, *, times: bool) -> None:
         data = b""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING
 
 import anyio
@@ -14,7 +14,7 @@ from tests.multipart import until
 from tests.test_feed import postgres_tool, run_tool
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
     from typing import TypeAlias
 
     from tests.conftest import StartServer
@@ -77,45 +77,48 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("kind", FOLLOWS)
 @pytest.mark.parametrize("way", WAYS)
 async def test_a_log_that_is_another_one_is_a_reset_and_then_followed(
-    own_database: str, psql: Connection, start_server: StartServer, kind: str, way: Way
+    own_database: str, psql: Connection, start_server: StartServer, way: Way
 ) -> None:
     server = start_server(DATABASE_URL=own_database)
-    async with timelines(server.url, kind) as (timeline,), connect(server.url) as line:
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        line = await enter(connect(server.url))
+        screens = {kind: (await enter(timelines(server.url, kind)))[0] for kind in FOLLOWS}
         for number in range(3):
             await post(line, str(number))
-        await until(lambda: len(timeline.shown) == 3)
-        assert timeline.resets == 0
-        old = timeline.cursor
+        await up_to_date(screens, psql)
+        assert [screen.resets for screen in screens.values()] == [0, 0, 0]
+        cursors = {kind: screen.cursor for kind, screen in screens.items()}
         await way(own_database, psql)
         # One change of the new log tells those who are there; some are told before.
         await post(line, "after")
-        await assert_up_to_date(timeline, psql)
-        assert timeline.resets > 0
+        await up_to_date(screens, psql)
+        assert all(screen.resets > 0 for screen in screens.values())
         await post(line, "and after")
-        await assert_up_to_date(timeline, psql)
-    assert old is not None
-    await assert_reset(server.url, kind, old)
+        await up_to_date(screens, psql)
+    for kind, cursor in cursors.items():
+        assert cursor is not None
+        await assert_reset(server.url, kind, cursor)
 
 
-@pytest.mark.parametrize("kind", FOLLOWS)
 async def test_a_cursor_from_what_a_restore_has_undone_is_a_reset(
-    own_database: str, start_server: StartServer, kind: str
+    own_database: str, start_server: StartServer
 ) -> None:
     server = start_server(DATABASE_URL=own_database)
-    async with timelines(server.url, kind) as (timeline,), connect(server.url) as line:
-        await post(line, "seen")
-        await until(lambda: timeline.order == ["seen"])
-    assert timeline.cursor is not None
-    log, dot, seq = timeline.cursor.rpartition(".")
-    await assert_reset(server.url, kind, f"{log}{dot}{int(seq) + 1}")
+    async with connect(server.url) as line:
+        await post(line, "the last that is left")
+        page = await line.ask("GET", "/v1/chatts")
+    log, dot, seq = page.json["cursor"].rpartition(".")
+    for kind in FOLLOWS:
+        await assert_reset(server.url, kind, f"{log}{dot}{int(seq) + 5}")
 
 
-async def assert_up_to_date(timeline: Timeline, psql: Connection) -> None:
+async def up_to_date(screens: Mapping[str, Timeline], psql: Connection) -> None:
+    """Wait until everybody sees what there is."""
     left = await shown(psql)
-    await until(lambda: timeline.shown == left)
+    await until(lambda: all(screen.shown == left for screen in screens.values()))
 
 
 async def assert_reset(url: str, kind: str, cursor: str) -> None:
