@@ -51,7 +51,10 @@ LEAST = "1048576"
 """The smallest FEED_CACHE_BYTES."""
 
 TEXT_TIME = "to_char(time AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')"
-FEED = f"SELECT name, message, id::text, {TEXT_TIME}, image, video FROM chatts ORDER BY time, seq"
+FEED = (
+    f"SELECT name, message, id::text, {TEXT_TIME}, image, video FROM chatts"
+    " WHERE NOT deleted ORDER BY time, seq"
+)
 INSERT_MANY = (
     "INSERT INTO chatts (name, message, time)"
     " SELECT 'ann', 'number ' || number, timestamptz '2026-01-01 00:00:00+00'"
