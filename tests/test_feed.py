@@ -317,6 +317,11 @@ OPERATIONS = [
         " WHERE id = $1 OR seq % (SELECT count(*) / 200 + 1 FROM chatts) = 0"
     ),
     "UPDATE chatts SET time = {time} WHERE id = $1",
+    "UPDATE chatts SET deleted = true WHERE id = $1",
+    (
+        "UPDATE chatts SET deleted = NOT deleted"
+        " WHERE id = $1 OR seq % (SELECT count(*) / 200 + 1 FROM chatts) = 0"
+    ),
     "DELETE FROM chatts WHERE id = $1",
     "DELETE FROM chatts WHERE time = (SELECT time FROM chatts WHERE id = $1)",
 ]
