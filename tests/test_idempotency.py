@@ -479,7 +479,7 @@ async def test_while_the_database_is_away_nothing_is_promised(
                     assert response.headers["retry-after"] == "1"
         assert_first(await ROUTES[2].post(client))
         assert_replay(await ROUTES[2].post(client, "before"), before)
-        assert_first(await ROUTES[3].post(client, "with files"))
+        assert_first(await ROUTES[3].post(client, "with-files"))
     assert await rows(psql) == (3, 3)
     assert len(kept(server.media)) == 2
 
