@@ -16,7 +16,7 @@ from sqlalchemy.engine import make_url
 
 from chatterd.database import Database
 from chatterd.keys import IdempotencyKeys, old_keys_forgotten
-from tests.conftest import client_of
+from tests.conftest import client_of, connected
 from tests.multipart import (
     BOUNDARY,
     DEADLINE_SECONDS,
@@ -466,7 +466,7 @@ async def test_of_many_with_one_key_at_once_one_is_stored(
 
 
 async def test_while_the_database_is_away_nothing_is_promised(
-    own_database: str, psql: Connection, postgres_url: URL, start_server: StartServer
+    own_database: str, postgres_url: URL, start_server: StartServer
 ) -> None:
     server = start_server(DATABASE_URL=own_database)
     async with client_of(server) as client:
@@ -480,7 +480,8 @@ async def test_while_the_database_is_away_nothing_is_promised(
         assert_first(await ROUTES[2].post(client))
         assert_replay(await ROUTES[2].post(client, "before"), before)
         assert_first(await ROUTES[3].post(client, "with-files"))
-    assert await rows(psql) == (3, 3)
+    async with connected(own_database) as psql:
+        assert await rows(psql) == (3, 3)
     assert len(kept(server.media)) == 2
 
 
