@@ -15,6 +15,9 @@ _ENDPOINTS = {
     "/v1/chatts/{id}": views.Chatt,
     "/v1/stream": views.Stream,
     "/v1/limits": views.Limits,
+    "/openapi.json": views.OpenAPI,
+    "/docs": views.Docs,
+    "/web/{name}": views.WebFile,
 }
 
 # Both forms answer directly: some clients do not follow a redirect of a POST (contract §1).
@@ -22,3 +25,4 @@ routes: list[BaseRoute] = [
     Route(path + slash, endpoint) for slash in ("", "/") for path, endpoint in _ENDPOINTS.items()
 ]
 routes += [WebSocketRoute(path, ws.LiveSocket) for path in ("/v1/ws", "/v1/ws/")]
+routes += [Route("/", views.WebPage)]
