@@ -293,7 +293,7 @@ async def test_an_upload_can_be_stopped_and_sent_after_all(
         )
         await post(page, "Later", image=photo())
         await page.get_by_role("button", name="Stop").click()
-        await expect(page.get_by_text("Not sent.")).to_be_visible()
+        await expect(page.get_by_text("Stopped.")).to_be_visible()
         await session.send(
             "Network.emulateNetworkConditions", conditions | {"uploadThroughput": -1}
         )
@@ -497,6 +497,9 @@ async def test_a_page_that_is_open_for_long_does_not_grow_for_ever(
         await expect(page.get_by_text("last", exact=True)).to_be_in_viewport()
         await expect(page.locator(".chatt")).to_have_count(500)
         assert await shown(page) == [*(str(n) for n in range(101, 600)), "last"]
+        # What went is still there to be scrolled to.
+        await page.locator("#scroller").press("Home")
+        await expect(page.get_by_text("100", exact=True)).to_be_attached()
 
 
 # For everybody. -----------------------------------------------------------------------------------
