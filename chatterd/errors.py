@@ -66,6 +66,73 @@ CATALOGUE: Final[Mapping[str, int]] = {
 }
 """Each code a problem can carry, with its status. Codes never change their meaning."""
 
+MEANINGS: Final[Mapping[str, str]] = {
+    "host-not-allowed": "the request names a host that is not in `ALLOWED_HOSTS`, or none",
+    "name-too-long": "the name has more characters than `NAME_MAX_LENGTH`",
+    "message-too-long": "the message has more characters than `MESSAGE_MAX_LENGTH`",
+    "delete-token-wrong": (
+        "`Chatterd-Delete-Token` is missing, or not the one that posting the chatt was "
+        "answered with"
+    ),
+    "not-found": "there is nothing at this address",
+    "chatt-not-found": "there is no chatt with the id in the address, in `before` or in `after`",
+    "method-not-allowed": "the address does not answer this method; `Allow` names those it does",
+    "request-timeout": "the body took too long to arrive",
+    "idempotency-key-in-use": (
+        "the first request with this `Idempotency-Key` is still under way; `Retry-After` "
+        "says when to try again"
+    ),
+    "body-too-large": "the body, or a text in a form, is larger than its limit",
+    "image-too-large": "the picture is larger than `MEDIA_MAX_SIZE`",
+    "video-too-large": "the video is larger than `MEDIA_MAX_SIZE`",
+    "image-too-many-pixels": "the picture has more pixels than `MEDIA_MAX_PIXELS`",
+    "image-unsupported": "the bytes in `image` are no picture of a kind that is accepted",
+    "video-unsupported": "the bytes in `video` are no video of a kind that is accepted",
+    "image-unclean": "what the picture tells about place and person cannot be taken out of it",
+    "video-unclean": "what the video tells about place and person cannot be taken out of it",
+    "image-undecodable": "the picture is damaged, or decoding it takes too much memory or time",
+    "range-not-satisfiable": (
+        "the range begins behind the file's end; `Content-Range` tells its size"
+    ),
+    "json-invalid": "the body is not a JSON object",
+    "form-invalid": "the body is not a complete multipart form",
+    "field-unknown": "there is a field that no chatt has",
+    "field-duplicate": "the form has a field twice",
+    "name-missing": "neither `name` nor `username` is there",
+    "name-invalid": "the name is not a string, not UTF-8, or has a character U+0000 in it",
+    "name-blank": "the name is empty or white space",
+    "name-ambiguous": "`name` and `username` are there and differ",
+    "message-missing": "there is no `message`",
+    "message-invalid": "the message is not a string, not UTF-8, or has a character U+0000 in it",
+    "image-invalid": "`image` is an empty file, or a text",
+    "video-invalid": "`video` is an empty file, or a text",
+    "chatt-refused": "the database does not take this chatt, for a rule that its operator added",
+    "limit-invalid": "`limit` is no number from 1 to 500",
+    "bound-invalid": (
+        "`before` or `after` is no UUID, two of `before`, `after` and `since` are given, "
+        "`wait` without `since`, or a parameter is unknown or there twice"
+    ),
+    "wait-invalid": "`wait` is no number of seconds from 0 to 55",
+    "idempotency-key-invalid": "`Idempotency-Key` is not 1 to 255 visible ASCII characters",
+    "idempotency-key-reused": "`Idempotency-Key` was used for another post",
+    "frame-invalid": "what came over the WebSocket is not what it takes",
+    "internal-error": "a fault of the server; its log has the rest",
+    "llm-unreachable": "Ollama does not answer at `OLLAMA_URL`",
+    "llm-busy": "too many prompts at once; `Retry-After` says when to try again",
+    "too-many-posts": "too many posts wait for the database; `Retry-After` says when to try again",
+    "too-many-uploads": (
+        "`UPLOADS_MAX` uploads are under way, or too many pictures wait to be decoded; "
+        "`Retry-After` says when to try again"
+    ),
+    "too-many-subscribers": (
+        "`STREAM_MAX_SUBSCRIBERS` streams, WebSockets and waiting requests are open; "
+        "`Retry-After` says when to try again"
+    ),
+    "database-unavailable": "the database does not answer; `Retry-After` says when to try again",
+    "storage-full": "there is no room for the file",
+}
+"""When each code is answered."""
+
 # RFC 9110's; until 3.13, Python's phrases are those of earlier RFCs.
 _TITLES: Final = {
     413: "Content Too Large",
@@ -124,16 +191,20 @@ def problem_response(problem: Problem, request_id: str) -> Response:
 
 def problem_body(problem: Problem, request_id: str) -> bytes:
     """Return the JSON of `problem`."""
-    title = _TITLES.get(problem.status) or http.HTTPStatus(problem.status).phrase
     body = {
         "type": "about:blank",
-        "title": title,
+        "title": title_of(problem.status),
         "status": problem.status,
         "detail": problem.detail,
         "code": problem.code,
         "request_id": request_id,
     }
     return msgspec.json.encode(body)
+
+
+def title_of(status: int) -> str:
+    """Return the status in words, as RFC 9110 has them."""
+    return _TITLES.get(status) or http.HTTPStatus(status).phrase
 
 
 def problem_of(error: Exception, method: str) -> Problem:

@@ -124,7 +124,7 @@ class Subscription:
         self._is_caught_up = False
         self._is_ended = False
         self._is_reset = False
-        self._generation = 0
+        self._kept: Kept | None = None
         self._silent_since = 0.0
         self._stuck_at: float | None = None
         self._cut: asyncio.Timeout | None = None
@@ -137,12 +137,11 @@ class Subscription:
         A cursor that cannot be resumed makes the first batch a reset. Raises `StreamEnd`,
         `DatabaseUnavailable`.
         """
-        end = await self._live.end()
-        self.position = end
-        self._generation = self._live.generation
+        self._kept = kept = await self._live.fresh()
+        self.position = kept.end
         if cursor is not None:
             asked = position_of(cursor)
-            if asked is None or asked.log != end.log or asked.seq > end.seq:
+            if asked is None or asked.log != kept.log or asked.seq > kept.seq:
                 self._is_reset = True
             else:
                 self.position = asked
@@ -171,13 +170,11 @@ class Subscription:
         raise StreamEnd
 
     async def _next(self, position: Position) -> Batch | None:
-        if self._is_reset or self._generation != self._live.generation:
+        kept = self._live.kept
+        if self._is_reset or kept is None or kept is not self._kept:
             self._is_reset = False
             self.position = await self.start(None)
             return Batch(self.position.log, (), is_reset=True)
-        kept = self._live.kept
-        if kept is None:  # the reader begins anew, and will wake those who wait
-            return None
         if position.seq >= kept.start:
             self._is_caught_up = True
             return kept.after(position.seq)
@@ -249,6 +246,11 @@ class Kept:
         self._size = 0
         self._batches: dict[int, Batch] = {}
 
+    @property
+    def end(self) -> Position:
+        """The place behind the last event."""
+        return Position(self.log, self.seq)
+
     def extend(self, events: Sequence[Event]) -> None:
         """Add the events that follow; the oldest go when there are too many."""
         self._events += events
@@ -290,11 +292,10 @@ class Live:
         self._changed = asyncio.Event()
         self._line = Line(database, channel="chatts", on_notice=self._changed.set)
         self._subscribers: set[Subscription] = set()
-        self._asking: list[asyncio.Future[Position]] = []
+        self._asking: list[asyncio.Future[Kept]] = []
         self._tasks = [asyncio.create_task(work()) for work in (self._follow, self._stop)]
         self.kept: Kept | None = None
-        self.generation = 0
-        """Another one means that what was handed out before cannot be continued."""
+        """What was read last. Another one does not continue what was handed out before."""
         self.time = self._loop.time
 
     @contextmanager
@@ -318,12 +319,12 @@ class Live:
         """Whether the server is about to end."""
         return self._stopping.is_set()
 
-    async def end(self) -> Position:
-        """Return the end of the log at a moment after the call.
+    async def fresh(self) -> Kept:
+        """Return what is kept, read to the end of the log at a moment after the call.
 
         Raises `DatabaseUnavailable`.
         """
-        asking: asyncio.Future[Position] = self._loop.create_future()
+        asking: asyncio.Future[Kept] = self._loop.create_future()
         self._asking.append(asking)
         self._changed.set()
         return await asking
@@ -394,7 +395,7 @@ class Live:
         """Read to the end of the log; tell whether the database was there."""
         asking, self._asking = self._asking, []
         try:
-            end = await self._read()
+            kept = await self._read()
         except Exception as error:
             if not isinstance(error, DatabaseUnavailable):
                 logger.exception("The log cannot be followed")
@@ -406,10 +407,10 @@ class Live:
             return False
         for future in asking:
             if not future.done():  # else cancelled
-                future.set_result(end)
+                future.set_result(kept)
         return True
 
-    async def _read(self) -> Position:
+    async def _read(self) -> Kept:
         while self.kept is not None:
             rows = await self._line.fetch(_LOG_AFTER, seq=self.kept.seq)
             head = rows[0] if rows else None
@@ -423,19 +424,18 @@ class Live:
                 self.kept.extend([_event(row) for row in rows])
                 self._wake_all()
             if head["seq"] is None or len(rows) < _PAGE_LIMIT:
-                return Position(self.kept.log, self.kept.seq)
+                return self.kept
         return await self._begin()
 
-    async def _begin(self) -> Position:
+    async def _begin(self) -> Kept:
         """Begin at the end of the log; who follows another learns of it by a reset."""
         rows = await self._line.fetch(_LOG_END)
         if not rows:  # as within a restore
             raise DatabaseUnavailable
         end = Position(f"{rows[0]['epoch'].hex}.{rows[0]['table']}", rows[0]["newest"])
         self.kept = Kept(end)
-        self.generation += 1
         self._wake_all()
-        return end
+        return self.kept
 
     def _wake_all(self) -> None:
         for subscription in self._subscribers:

@@ -64,7 +64,7 @@ MP4: Final = Kind("video", "video/mp4", ".mp4")
 QUICKTIME: Final = Kind("video", "video/quicktime", ".mov")
 WEBM: Final = Kind("video", "video/webm", ".webm")
 
-_MEDIA_TYPES: Final = {
+MEDIA_TYPES: Final = {
     kind.extension: kind.media_type
     for kind in (JPEG, PNG, GIF, WEBP, HEIC, HEIF, MP4, QUICKTIME, WEBM)
 } | {".jpg": JPEG.media_type}
@@ -306,7 +306,7 @@ def digest_of_key(key: str) -> str | None:
 
 def media_type_of(path: Path) -> str:
     """Return the media type that a file is served with."""
-    return _MEDIA_TYPES.get(path.suffix.lower(), "application/octet-stream")
+    return MEDIA_TYPES.get(path.suffix.lower(), "application/octet-stream")
 
 
 def is_file(path: Path) -> bool:

@@ -15,6 +15,9 @@ _ENDPOINTS = {
     "/v1/chatts/{id}": views.Chatt,
     "/v1/stream": views.Stream,
     "/v1/limits": views.Limits,
+    "/openapi.json": views.OpenAPI,
+    "/docs": views.Docs,
+    "/docs.css": views.DocsStyle,
     "/web/{name}": views.WebFile,
 }
 

@@ -119,7 +119,7 @@ async def changes_response(live: Live, page: Wanted, media_url: str, receive: Re
                 batch = await _awaited(subscription, page) or batch
     events = batch.events[: page.limit]
     if batch.is_reset:
-        position = await live.end()
+        position = (await live.fresh()).end
     cursor = batch.cursor_of(events[-1]) if events else str(position)
     body = msgspec.json.encode(
         Changes(

@@ -1,7 +1,7 @@
 """The HTTP endpoints: each decodes, validates, does one unit of work, and responds."""
 
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, ClassVar, Final
 
 import msgspec
@@ -11,20 +11,21 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from chatterd import settings
+from chatterd import docs_page, openapi, settings
 from chatterd.bodies import received_bytes, received_form
 from chatterd.chatts import encoded_new, media_url_of
 from chatterd.chatts_http import chatt_response, deleted, page_response
+from chatterd.errors import Problem
 from chatterd.feed_http import PartsResponse, feed_response
-from chatterd.keys import Claim, Posted, key_in
+from chatterd.keys import Posted, key_in
 from chatterd.lifespan import State
 from chatterd.llm import LLMResponse
 from chatterd.media_http import media_response
 from chatterd.paging import wanted
 from chatterd.schemas import Draft, draft_from_fields, draft_from_json
+from chatterd.static import NOSNIFF, PAGE_HEADERS, Static
 from chatterd.stream_http import StreamResponse, changes_response
-from chatterd.web_http import web_response
-from chatterd.writer import NO_FILES
+from chatterd.web_http import FILES
 
 _LIMITS: Final = msgspec.json.encode(
     {
@@ -40,8 +41,10 @@ _LIMITS: Final = msgspec.json.encode(
         "upload_timeout": settings.UPLOAD_TIMEOUT,
     }
 )
+_OPENAPI: Final = Static(msgspec.json.encode(openapi.DOCUMENT), "application/json")
+_DOCS: Final = Static(docs_page.page(openapi.DOCUMENT), "text/html; charset=utf-8", PAGE_HEADERS)
+_DOCS_STYLE: Final = Static(docs_page.STYLE, "text/css; charset=utf-8", NOSNIFF)
 _JSON: Final = (b"content-type", b"application/json")
-_NOT_CLAIMED: Final = nullcontext()
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
@@ -177,7 +180,7 @@ class WebPage(Endpoint):
 
     async def get(self, request: Request[State]) -> Response:
         """Answer the page."""
-        return web_response("index.html", request.headers)
+        return FILES["index.html"].response(request)
 
 
 class WebFile(Endpoint):
@@ -185,7 +188,10 @@ class WebFile(Endpoint):
 
     async def get(self, request: Request[State]) -> Response:
         """Answer the file."""
-        return web_response(request.path_params["name"], request.headers)
+        file = FILES.get(request.path_params["name"])
+        if file is None:
+            raise Problem("not-found", "There is no such file.")
+        return file.response(request)
 
 
 class LLMPrompt(Endpoint):
@@ -198,17 +204,49 @@ class LLMPrompt(Endpoint):
         return LLMResponse(request.state["llm"], prompt)
 
 
+class OpenAPI(Endpoint):
+    """The description of the API for programs."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer the OpenAPI document."""
+        return _OPENAPI.response(request)
+
+
+class Docs(Endpoint):
+    """The description of the API for people."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer the OpenAPI document as a page."""
+        return _DOCS.response(request)
+
+
+class DocsStyle(Endpoint):
+    """What the page of the API looks like."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer its style sheet."""
+        return _DOCS_STYLE.response(request)
+
+
 async def _posted_json(request: Request[State], route: str) -> tuple[Draft, Posted]:
-    async with _claimed(request, route) as claim:
-        body = await received_bytes(request.headers, request.receive, settings.JSON_MAX_SIZE)
-        draft = draft_from_json(body)
-        return draft, await request.state["writer"].post(draft, NO_FILES, claim)
+    headers, writer = request.headers, request.state["writer"]
+    if (key := key_in(headers)) is None:  # written out: posting is fast
+        draft = draft_from_json(
+            await received_bytes(headers, request.receive, settings.JSON_MAX_SIZE)
+        )
+        return draft, await writer.post(draft)
+    async with request.state["keys"].claimed(key, route) as claim:
+        draft = draft_from_json(
+            await received_bytes(headers, request.receive, settings.JSON_MAX_SIZE)
+        )
+        return draft, await writer.post(draft, claim=claim)
 
 
 async def _posted_form(request: Request[State], route: str) -> tuple[Draft, Posted]:
-    media = request.state["media"]
+    media, key = request.state["media"], key_in(request.headers)
+    claimed = nullcontext() if key is None else request.state["keys"].claimed(key, route)
     async with (
-        _claimed(request, route) as claim,
+        claimed as claim,
         received_form(request.headers, request.stream(), media) as form,
     ):
         draft = draft_from_fields(form.fields)
@@ -221,11 +259,6 @@ async def _posted_form(request: Request[State], route: str) -> tuple[Draft, Post
         return draft, await request.state["writer"].post(draft, files, claim)
 
 
-def _claimed(request: Request[State], route: str) -> AbstractAsyncContextManager[Claim | None]:
-    key = key_in(request.headers)
-    return _NOT_CLAIMED if key is None else request.state["keys"].claimed(key, route)
-
-
 def _media_url(request: Request[State]) -> str:
     return media_url_of(request.url.scheme, request.headers["host"])
 
@@ -236,7 +269,7 @@ def _done(posted: Posted) -> Response:
 
 
 def _location(posted: Posted) -> tuple[bytes, bytes]:
-    return b"location", f"/v1/chatts/{posted.id}".encode()
+    return b"location", b"/v1/chatts/%b" % str(posted.id).encode()
 
 
 def _replayed(posted: Posted) -> list[tuple[bytes, bytes]]:

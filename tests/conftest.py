@@ -119,6 +119,20 @@ async def connected(url: URL | str) -> AsyncIterator[Connection]:
         await connection.close()
 
 
+@asynccontextmanager
+async def database_away(url: str, postgres_url: URL) -> AsyncIterator[None]:
+    """Have PostgreSQL end the connections to a database and take no new ones."""
+    name = make_url(url).database
+    async with connected(postgres_url) as admin:
+        await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        ended = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = $1"
+        await admin.fetch(ended, name)
+        try:
+            yield
+        finally:
+            await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+
+
 def client_of(server: multipart.Server) -> httpx2.AsyncClient:
     return httpx2.AsyncClient(base_url=server.url, timeout=60)
 

@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 import tracemalloc
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,13 +19,12 @@ from chatterd.errors import DatabaseUnavailable
 from chatterd.lifespan import lifespan
 from chatterd.media_doctor import doctor
 from chatterd.media_sweep import Sweep, Swept, swept
-from tests.conftest import connected
+from tests.conftest import connected, database_away
 from tests.media_folder import AGE, Store, counts, database, db, name_it, record, store, url
 from tests.multipart import THUMBNAIL, until
 from tests.process import assert_refused, run
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from sqlalchemy.engine import URL
@@ -42,20 +40,6 @@ async def records(db: Connection) -> set[str]:
 
 async def sweep(database: Database, store: Store, older_than: float = AGE) -> Swept:
     return await Sweep(database, store.root, older_than, delete=True).run()
-
-
-@asynccontextmanager
-async def database_away(url: str, postgres_url: URL) -> AsyncIterator[None]:
-    """Have PostgreSQL end the connections to a database and take no new ones."""
-    name = make_url(url).database
-    async with connected(postgres_url) as admin:
-        await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-        ended = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = $1"
-        await admin.fetch(ended, name)
-        try:
-            yield
-        finally:
-            await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
 
 
 async def test_a_sweep_removes_exactly_what_is_old_unnamed_and_ours(
