@@ -430,6 +430,18 @@ async def test_a_server_that_stops_and_starts_again_is_found_again_and_nothing_i
         await expect(page.get_by_role("status")).to_have_text("Live")
 
 
+async def test_what_is_posted_between_the_list_and_the_stream_is_not_missed(
+    browser: Browser, server: Server, client: httpx2.AsyncClient
+) -> None:
+    async def post_before(route: Route) -> None:
+        await client.post("/postchatt", json={"name": "bob", "message": "between"})
+        await route.continue_()
+
+    async with visiting(browser, server.url) as ann:
+        await ann.context.route("**/v1/stream*", post_before)
+        await expect_shown(await ann.tab(), "between")
+
+
 async def test_a_feed_whose_past_is_another_one_is_shown_anew(
     browser: Browser, server: Server, client: httpx2.AsyncClient, database: Connection
 ) -> None:
@@ -591,7 +603,9 @@ async def test_nothing_is_wider_than_a_narrow_phone(
         wide = await page.evaluate(
             """() => [...document.querySelectorAll("body *")].filter((element) => {
               const box = element.getBoundingClientRect();
-              return box.width && (box.right > 320 || box.left < 0);
+              const isCut = element.clientWidth && element.scrollWidth > element.clientWidth;
+              const isOut = box.width && (box.right > 320 || box.left < 0);
+              return isOut || (isCut && !element.matches(".unseen"));
             }).map((element) => element.outerHTML.slice(0, 200))"""
         )
         assert wide == []
