@@ -3,12 +3,9 @@
 import re
 from collections.abc import Iterable, Iterator
 from html import escape
-from importlib.resources import files
 from typing import Any, Final, TypeAlias
 
 _Object: TypeAlias = dict[str, Any]
-
-STYLE: Final = (files("chatterd") / "web" / "docs.css").read_bytes()
 
 _CODES: Final = "Error codes"
 _HEADERS: Final = "Headers of answers"
@@ -22,7 +19,7 @@ _PAGE: Final = """\
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{title}</title>
-<link rel="stylesheet" href="/docs.css">
+<link rel="stylesheet" href="web/docs.css">
 </head>
 <body>
 <header>

@@ -51,6 +51,10 @@ _PROBLEM_HEADERS: Final = {
 _PAGE_PARAMETERS: Final = ("limit", "before", "after", "If-None-Match")
 _FEED_HEADERS: Final = ("ETag", "Cache-Control", "Vary")
 _STATIC_HEADERS: Final = ("ETag", "Cache-Control")
+_WEB_HEADERS: Final = (
+    *_STATIC_HEADERS,
+    *("Content-Security-Policy", "X-Content-Type-Options", "Referrer-Policy"),
+)
 _MEDIA_HEADERS: Final = (
     *("ETag", "Cache-Control", "Accept-Ranges"),
     *("X-Content-Type-Options", "Content-Security-Policy"),
@@ -170,17 +174,26 @@ def _feed(summary: str, row: str, curl: str) -> _Object:
     )
 
 
-def _static(summary: str, media_type: str, headers: Iterable[str], curl: str) -> _Object:
-    kind = "object" if media_type == _JSON else "string"
+def _static(
+    summary: str,
+    media_type: str,
+    curl: str,
+    *,
+    parameters: Iterable[str] = (),
+    codes: Iterable[str] = (),
+) -> _Object:
+    is_json = media_type == _JSON
+    kind, headers = ("object", _STATIC_HEADERS) if is_json else ("string", _WEB_HEADERS)
     return _operation(
         summary,
         "It changes with the server's version and settings alone.",
         curl,
-        parameters=["If-None-Match"],
+        parameters=[*parameters, "If-None-Match"],
         answers={
             "200": _answer("It.", headers, {media_type: {"type": kind}}),
             "304": _answer("It is still what the client has.", headers),
         },
+        codes=codes,
     )
 
 
@@ -418,7 +431,6 @@ _PATHS: Final[_Object] = {
         get=_static(
             "Read this document",
             _JSON,
-            _STATIC_HEADERS,
             "curl http://127.0.0.1:8000/openapi.json",
         ),
     ),
@@ -427,17 +439,25 @@ _PATHS: Final[_Object] = {
         get=_static(
             "Read this document as a page",
             "text/html",
-            (*_STATIC_HEADERS, "Content-Security-Policy", "X-Content-Type-Options"),
             "curl http://127.0.0.1:8000/docs",
         ),
     ),
-    "/docs.css": _path(
+    "/": _path(
         "Server",
         get=_static(
-            "Read how that page looks",
-            "text/css",
-            (*_STATIC_HEADERS, "X-Content-Type-Options"),
-            "curl http://127.0.0.1:8000/docs.css",
+            "Open the web client",
+            "text/html",
+            "curl http://127.0.0.1:8000/",
+        ),
+    ),
+    "/web/{name}": _path(
+        "Server",
+        get=_static(
+            "Fetch a file of the web client or of the page",
+            "*/*",
+            "curl http://127.0.0.1:8000/web/app.js",
+            parameters=["name"],
+            codes=["not-found"],
         ),
     ),
 }

@@ -225,8 +225,9 @@ HEADERS: Final[Schema] = {
     ),
     "X-Content-Type-Options": _header("Always `nosniff`.", "nosniff", const="nosniff"),
     "Content-Security-Policy": _header(
-        "Nothing in the file may run.", "default-src 'none'; sandbox"
+        "Nothing may run but what is the server's own.", "default-src 'none'; sandbox"
     ),
+    "Referrer-Policy": _header("Always `no-referrer`.", "no-referrer", const="no-referrer"),
 }
 
 
@@ -290,6 +291,8 @@ PARAMETERS: Final[Schema] = {
         pattern=r'^("[!#-\[\]-~]{1,255}"|[!#-~]{1,255})$',
     ),
     "key": _parameter("key", "path", "What the file is called; the feed has its whole address.")
+    | {"required": True},
+    "name": _parameter("name", "path", "What the file is called, such as app.js.")
     | {"required": True},
     "thumb": _parameter(
         "thumb", "query", "There, with or without a value: the picture's thumbnail."

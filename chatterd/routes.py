@@ -17,7 +17,6 @@ _ENDPOINTS = {
     "/v1/limits": views.Limits,
     "/openapi.json": views.OpenAPI,
     "/docs": views.Docs,
-    "/docs.css": views.DocsStyle,
     "/web/{name}": views.WebFile,
 }
 

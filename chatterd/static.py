@@ -9,9 +9,9 @@ from starlette.responses import Response
 
 from chatterd.feed_http import PartsResponse, is_match
 
-NOSNIFF: Final = {"x-content-type-options": "nosniff"}
-
-PAGE_HEADERS: Final = NOSNIFF | {
+PAGE_HEADERS: Final = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
     "content-security-policy": (
         "default-src 'none'; style-src 'self'; base-uri 'none'; form-action 'none';"
         " frame-ancestors 'none'"

@@ -15,7 +15,6 @@ from chatterd import docs_page, openapi, settings
 from chatterd.bodies import received_bytes, received_form
 from chatterd.chatts import encoded_new, media_url_of
 from chatterd.chatts_http import chatt_response, deleted, page_response
-from chatterd.errors import Problem
 from chatterd.feed_http import PartsResponse, feed_response
 from chatterd.keys import Posted, key_in
 from chatterd.lifespan import State
@@ -23,9 +22,9 @@ from chatterd.llm import LLMResponse
 from chatterd.media_http import media_response
 from chatterd.paging import wanted
 from chatterd.schemas import Draft, draft_from_fields, draft_from_json
-from chatterd.static import NOSNIFF, PAGE_HEADERS, Static
+from chatterd.static import PAGE_HEADERS, Static
 from chatterd.stream_http import StreamResponse, changes_response
-from chatterd.web_http import FILES
+from chatterd.web_http import WEB_FILES
 
 _LIMITS: Final = msgspec.json.encode(
     {
@@ -43,7 +42,6 @@ _LIMITS: Final = msgspec.json.encode(
 )
 _OPENAPI: Final = Static(msgspec.json.encode(openapi.DOCUMENT), "application/json")
 _DOCS: Final = Static(docs_page.page(openapi.DOCUMENT), "text/html; charset=utf-8", PAGE_HEADERS)
-_DOCS_STYLE: Final = Static(docs_page.STYLE, "text/css; charset=utf-8", NOSNIFF)
 _JSON: Final = (b"content-type", b"application/json")
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
@@ -180,7 +178,7 @@ class WebPage(Endpoint):
 
     async def get(self, request: Request[State]) -> Response:
         """Answer the page."""
-        return FILES["index.html"].response(request)
+        return WEB_FILES["index.html"].response(request)
 
 
 class WebFile(Endpoint):
@@ -188,9 +186,9 @@ class WebFile(Endpoint):
 
     async def get(self, request: Request[State]) -> Response:
         """Answer the file."""
-        file = FILES.get(request.path_params["name"])
+        file = WEB_FILES.get(request.path_params["name"])
         if file is None:
-            raise Problem("not-found", "There is no such file.")
+            raise HTTPException(404)
         return file.response(request)
 
 
@@ -218,14 +216,6 @@ class Docs(Endpoint):
     async def get(self, request: Request[State]) -> Response:
         """Answer the OpenAPI document as a page."""
         return _DOCS.response(request)
-
-
-class DocsStyle(Endpoint):
-    """What the page of the API looks like."""
-
-    async def get(self, request: Request[State]) -> Response:
-        """Answer its style sheet."""
-        return _DOCS_STYLE.response(request)
 
 
 async def _posted_json(request: Request[State], route: str) -> tuple[Draft, Posted]:

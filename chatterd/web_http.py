@@ -1,11 +1,11 @@
-"""The web client's files, as they lie in `chatterd/web`."""
+"""The files of the web client and of the API's page, as they lie in `chatterd/web`."""
 
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
 from chatterd import settings
-from chatterd.static import NOSNIFF, Static
+from chatterd.static import PAGE_HEADERS, Static
 
 _MEDIA_TYPES: Final = {
     ".css": "text/css; charset=utf-8",
@@ -29,13 +29,11 @@ def _policy(public_url: str | None) -> str:
     )
 
 
-_HEADERS: Final = NOSNIFF | {
-    "content-security-policy": _policy(settings.PUBLIC_URL),
-    "referrer-policy": "no-referrer",
-}
-FILES: Final = {
+_HEADERS: Final = {**PAGE_HEADERS, "content-security-policy": _policy(settings.PUBLIC_URL)}
+
+WEB_FILES: Final = {
     path.name: Static(path.read_bytes(), _MEDIA_TYPES[path.suffix], _HEADERS)
     for path in (Path(__file__).parent / "web").iterdir()
     if path.suffix in _MEDIA_TYPES
 }
-"""Each file's answer, by its name."""
+"""What is answered for each name."""

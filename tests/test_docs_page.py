@@ -88,7 +88,7 @@ async def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing(
         assert (await client.get(link)).status_code == 200
     policy = (await client.get("/docs")).headers["content-security-policy"]
     assert policy.startswith("default-src 'none'; style-src 'self';")
-    style = (await client.get("/docs.css")).text
+    style = (await client.get("/web/docs.css")).text
     assert not re.search(r"url\(|@import|http", style)
 
 

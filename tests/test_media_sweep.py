@@ -376,6 +376,6 @@ async def test_the_sweep_of_a_server_begins_and_ends_with_it(
         return [name for name in names if name.startswith("swept.")]
 
     monkeypatch.setattr(settings, "MEDIA_ROOT", tmp_path / "media")
-    async with lifespan(make_url(url))(Starlette()):
+    async with lifespan(make_url(url), asyncio.Event())(Starlette()):
         assert len(sweeping()) == 1
     assert sweeping() == []

@@ -144,9 +144,12 @@ CASES = [
     Case(500, "POST", "/llmprompt", content=b'{"model":"broken"}'),
     Case(502, "POST", "/llmprompt", content=b'{"model":"hangup"}'),
     Case(200, "GET", "/v1/limits"),
+    Case(200, "GET", "/web/{name}", given={"name": "app.js"}),
+    Case(304, "GET", "/web/{name}", "", {"If-None-Match": "*"}, given={"name": "app.js"}),
+    Case(404, "GET", "/web/{name}", given={"name": "unknown.js"}),
     *(
         case
-        for path in ("/openapi.json", "/docs", "/docs.css")
+        for path in ("/openapi.json", "/docs", "/")
         for case in (Case(200, "GET", path), Case(304, "GET", path, "", {"If-None-Match": "*"}))
     ),
 ]
@@ -265,7 +268,6 @@ async def test_the_server_answers_the_document(client: httpx2.AsyncClient) -> No
 def test_the_document_has_every_route_and_no_other() -> None:
     paths = {route.path for route in routes if isinstance(route, Route | WebSocketRoute)}
     assert len(paths) == len(routes)
-    paths -= {"/", "/web/{name}", "/web/{name}/"}  # the web client, which is a page and no API
     assert {path.removesuffix("/") for path in paths} == set(DOCUMENT["paths"])
     assert {f"{path}/" for path in DOCUMENT["paths"]} < paths
 

@@ -20,6 +20,7 @@ from sqlalchemy.engine import make_url
 from chatterd.database import Database
 from chatterd.errors import DatabaseUnavailable, Problem
 from chatterd.media_sweep import Sweep
+from chatterd.media import SLOTS, Slot, StoredFile
 from chatterd.schemas import Draft
 from chatterd.writer import Writer
 from tests.conftest import client_of, connected
@@ -331,8 +332,12 @@ async def test_texts_of_every_kind_arrive_as_they_were_sent(
     ]
     drafts = [Draft(text or "ann", text) for text in texts]
     keys = [None, "key.jpg", "NULL", ""]
+
+    def files(key: str | None) -> dict[Slot, StoredFile]:
+        return {} if key is None else {slot: StoredFile(key, 1, None, None) for slot in SLOTS}
+
     async with writer_on(own_database) as writer:
-        await asyncio.gather(*(writer.post(draft, key, key) for draft in drafts for key in keys))
+        await asyncio.gather(*(writer.post(draft, files(key)) for draft in drafts for key in keys))
     records = await psql.fetch("SELECT name, message, image, video FROM chatts ORDER BY seq")
     assert [tuple(record) for record in records] == [
         (*draft, key, key) for draft in drafts for key in keys

@@ -9,6 +9,7 @@ FILE holds the bytes that GET /getchatts answers. GET /media/... answers files o
 
 import gzip
 import os
+import asyncio
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def main() -> None:
     """Serve until SIGTERM."""
     port, file = sys.argv[1:]
     address = server.Address("127.0.0.1", int(port))
-    app = _Bare(_constants(Path(file).read_bytes()), allowed_hosts=("*",))
+    app = _Bare(_constants(Path(file).read_bytes()), ("*",), asyncio.Event())
     with server.listen(address) as listener:
         server.run(app, listener, address, lambda: None)
 

@@ -60,13 +60,8 @@ async function request(path, options = {}) {
   } catch {
     throw Problem.unreachable();
   }
-  if (!response.ok) throw Problem.of(response.status, text, response.headers.get("retry-after"));
-  try {
-    return text && JSON.parse(text);
-  } catch {
-    // A hotel's page, for example, that wants somebody to log in first.
-    throw new Problem(response.status, "Something else than the server has answered.");
-  }
+  if (response.ok) return text && JSON.parse(text);
+  throw Problem.of(response.status, text, response.headers.get("retry-after"));
 }
 
 /** The wait before attempt number `count`: longer each time, and not the same for everybody. */
@@ -264,7 +259,7 @@ function videoElement(video, about) {
   made.src = video.url;
   made.addEventListener("error", () => {
     const link = element("a", { href: video.url, target: "_blank", rel: "noopener" });
-    link.textContent = "The video cannot be played here. Open the file";
+    link.textContent = "Your browser cannot play this video. Open the file";
     made.replaceWith(link);
   });
   videosInSight.observe(made);
@@ -331,10 +326,8 @@ function remove(id) {
 /** Change the feed without moving what is being read, or follow its end. */
 function changeFeed(change) {
   const top = scroller.getBoundingClientRect().top;
-  const isRead = (item) => item.getBoundingClientRect().bottom > top;
-  const read = isAtEnd ? undefined : [...feed.children].find(isRead);
+  const read = [...feed.children].find((item) => item.getBoundingClientRect().bottom > top);
   const before = read?.getBoundingClientRect().top;
-  const oldest = feed.firstElementChild;
   change();
   const most = isAtEnd ? SHOWN_AT_END : SHOWN_MAX;
   while (items.size > most) {
@@ -345,7 +338,6 @@ function changeFeed(change) {
   if (isAtEnd) scrollToEnd();
   else if (read?.isConnected) scroller.scrollTop += read.getBoundingClientRect().top - before;
   byId("empty").hidden = items.size > 0 || hasOlder;
-  if (feed.firstElementChild !== oldest) watchBeginning();
 }
 
 function scrollToEnd() {
@@ -396,9 +388,11 @@ async function loadOlder() {
     });
   } catch (error) {
     showOlder(`Older chatts could not be loaded. ${error.message}`, true);
+    return;
   } finally {
     isLoadingOlder = false;
   }
+  watchBeginning();
 }
 
 function showOlder(text, canTryAgain) {
@@ -453,6 +447,7 @@ async function connect() {
     });
     showUnseen(0);
     showOlder("", false);
+    watchBeginning();
     listen();
   } catch (error) {
     if (count !== connectCount) return;
@@ -604,16 +599,9 @@ function attach(kind, file) {
 function attachFiles(files) {
   for (const file of files) {
     const kind = file.type.split("/")[0];
-    if (Object.hasOwn(attached, kind)) attach(kind, file);
+    if (kind in attached) attach(kind, file);
     else showProblem("Only pictures and videos can be attached.");
   }
-}
-
-/** Keep the browser from leaving the page for a file that is dropped. */
-function acceptFiles(event) {
-  const hasFiles = event.dataTransfer.types.includes("Files");
-  if (hasFiles) event.preventDefault();
-  return hasFiles;
 }
 
 function showAttachments() {
@@ -712,7 +700,6 @@ function fail(problem, attempt) {
   if (!mayPass || attempt + 1 >= ATTEMPTS_MAX) {
     setSending(false);
     showProblem(problem.message);
-    focusUnlessElsewhere("send");
     return;
   }
   showProblem(`${problem.message} Trying again…`);
@@ -732,12 +719,7 @@ function sent({ delete_token: token, ...chatt }) {
   isAtEnd = true;
   // With its button: the stream may have shown it before the token was there.
   changeFeed(() => showNew(chatt));
-  focusUnlessElsewhere("message");
-}
-
-/** Give back the focus that a control lost when it was disabled. */
-function focusUnlessElsewhere(id) {
-  if (document.activeElement === document.body) byId(id).focus();
+  byId("message").focus();
 }
 
 function setSending(isSending) {
@@ -752,7 +734,7 @@ function setSending(isSending) {
 function stopSending() {
   sending?.stop();
   setSending(false);
-  showProblem("Stopped. What is in the form can be sent again.");
+  showProblem("Not sent.");
   byId("send").focus();
 }
 
@@ -800,9 +782,10 @@ composer.addEventListener("paste", (event) => {
   event.preventDefault();
   attachFiles(event.clipboardData.files);
 });
-addEventListener("dragover", acceptFiles);
+addEventListener("dragover", (event) => event.preventDefault());
 addEventListener("drop", (event) => {
-  if (acceptFiles(event) && !sending) attachFiles(event.dataTransfer.files);
+  event.preventDefault(); // the browser would leave the page for the file
+  if (!sending) attachFiles(event.dataTransfer.files);
 });
 
 scroller.addEventListener("scroll", () => {
