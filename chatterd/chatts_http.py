@@ -28,7 +28,7 @@ async def page_response(
     Raises `Problem` 404 for the id of no chatt, `DatabaseUnavailable`.
     """
     query: bytes = request.scope["query_string"]
-    if if_none_match := request.headers.get("if-none-match", "").encode("latin-1"):
+    if if_none_match := _if_none_match(request):
         etag = etag_of((await feed.fresh()).version, media_url, query)
         if is_match(if_none_match, etag):
             return PartsResponse(304, [(b"etag", etag), _NO_CACHE], [b""])
@@ -70,7 +70,7 @@ async def chatt_response(
         raise _not_found(text)
     body = encoded(StoredChatt.of(row), media_url)
     etag = b'"%b"' % hashlib.blake2b(body, digest_size=16).hexdigest().encode()
-    if is_match(request.headers.get("if-none-match", "").encode("latin-1"), etag):
+    if is_match(_if_none_match(request), etag):
         return PartsResponse(304, [(b"etag", etag), _NO_CACHE], [b""])
     return PartsResponse(200, [_JSON, (b"etag", etag), _NO_CACHE], [body])
 
@@ -95,6 +95,11 @@ async def deleted(database: Database, text: str, token: str | None) -> list[str]
         if await session.scalar(tombstone(wanted)) is None:  # somebody was faster
             raise _not_found(text)
     return [key for key in (found.image, found.video) if key is not None]
+
+
+def _if_none_match(request: Request[Any]) -> bytes:
+    # A field may come in several lines (RFC 9110 §5.3).
+    return ",".join(request.headers.getlist("if-none-match")).encode("latin-1")
 
 
 def _id(text: str) -> UUID:

@@ -126,8 +126,10 @@ def problem(response: Response, status: int) -> str:
 # With `about:blank` the title is the status's own phrase (RFC 9457 §4.2.1, RFC 9110 §15).
 TITLES = {
     400: "Bad Request",
+    403: "Forbidden",
     404: "Not Found",
     405: "Method Not Allowed",
+    409: "Conflict",
     413: "Content Too Large",
     415: "Unsupported Media Type",
     416: "Range Not Satisfiable",

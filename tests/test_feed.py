@@ -50,7 +50,10 @@ LEAST = "1048576"
 """The smallest FEED_CACHE_BYTES."""
 
 TEXT_TIME = "to_char(time AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')"
-FEED = f"SELECT name, message, id::text, {TEXT_TIME}, image, video FROM chatts ORDER BY time, seq"
+FEED = (
+    f"SELECT name, message, id::text, {TEXT_TIME}, image, video FROM chatts"
+    " WHERE NOT deleted ORDER BY time, seq"
+)
 INSERT_MANY = (
     "INSERT INTO chatts (name, message, time)"
     " SELECT 'ann', 'number ' || number, timestamptz '2026-01-01 00:00:00+00'"
@@ -313,6 +316,11 @@ OPERATIONS = [
         " WHERE id = $1 OR seq % (SELECT count(*) / 200 + 1 FROM chatts) = 0"
     ),
     "UPDATE chatts SET time = {time} WHERE id = $1",
+    "UPDATE chatts SET deleted = true WHERE id = $1",
+    (
+        "UPDATE chatts SET deleted = NOT deleted"
+        " WHERE id = $1 OR seq % (SELECT count(*) / 200 + 1 FROM chatts) = 0"
+    ),
     "DELETE FROM chatts WHERE id = $1",
     "DELETE FROM chatts WHERE time = (SELECT time FROM chatts WHERE id = $1)",
 ]

@@ -93,21 +93,21 @@ async def test_the_server_gives_the_id_and_the_time(
     assert (row["image"], row["video"]) == (None, None)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        pytest.param("ann", "", id="empty message"),
-        pytest.param("ann", " \n\t ", id="blank message"),
-        pytest.param(" ann ", " hi ", id="blanks around"),
-        pytest.param("日本語", "😀 é \u2028 <b> \" ' \\ / %s $1 ; --", id="every script"),
-        pytest.param("ann", "\x01\x1f\x7f\u200b\ufeff\ufffd", id="control characters"),
-        pytest.param("\ufeffann", "\u202eright to left", id="a mark inside"),
-        pytest.param("n" * 255, "m" * 4096, id="both at their limits"),
-        pytest.param("😀" * 255, "😀" * 4096, id="limits in emoji"),
-        pytest.param(COMBINING * 127 + "e", COMBINING * 2048, id="limits in combining marks"),
-        pytest.param(FAMILY * 51, FAMILY * 819 + "m", id="limits in joined emoji"),
-    ],
-)
+TEXTS = [
+    pytest.param("ann", "", id="empty message"),
+    pytest.param("ann", " \n\t ", id="blank message"),
+    pytest.param(" ann ", " hi ", id="blanks around"),
+    pytest.param("日本語", "😀 é \u2028 <b> \" ' \\ / %s $1 ; --", id="every script"),
+    pytest.param("ann", "\x01\x1f\x7f\u200b\ufeff\ufffd", id="control characters"),
+    pytest.param("\ufeffann", "\u202eright to left", id="a mark inside"),
+    pytest.param("n" * 255, "m" * 4096, id="both at their limits"),
+    pytest.param("😀" * 255, "😀" * 4096, id="limits in emoji"),
+    pytest.param(COMBINING * 127 + "e", COMBINING * 2048, id="limits in combining marks"),
+    pytest.param(FAMILY * 51, FAMILY * 819 + "m", id="limits in joined emoji"),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), TEXTS)
 @pytest.mark.parametrize("escaped", [False, True], ids=["raw", "escaped"])
 async def test_text_is_stored_and_returned_as_it_was_sent(
     client: httpx2.AsyncClient, database: Connection, name: str, message: str, *, escaped: bool
@@ -120,18 +120,18 @@ async def test_text_is_stored_and_returned_as_it_was_sent(
     assert row[:2] == [name, message]
 
 
-@pytest.mark.parametrize(
-    ("name", "message", "field", "limit", "length"),
-    [
-        pytest.param("n" * 256, "hi", "name", 255, 256, id="name"),
-        pytest.param("😀" * 256, "hi", "name", 255, 256, id="name in emoji"),
-        pytest.param(COMBINING * 128, "hi", "name", 255, 256, id="name in combining marks"),
-        pytest.param("n" * 5000, "hi", "name", 255, 5000, id="a much too long name"),
-        pytest.param("ann", "m" * 4097, "message", 4096, 4097, id="message"),
-        pytest.param("ann", "😀" * 4097, "message", 4096, 4097, id="message in emoji"),
-        pytest.param("ann", "m" * 60000, "message", 4096, 60000, id="a much too long message"),
-    ],
-)
+TOO_LONG = [
+    pytest.param("n" * 256, "hi", "name", 255, 256, id="name"),
+    pytest.param("😀" * 256, "hi", "name", 255, 256, id="name in emoji"),
+    pytest.param(COMBINING * 128, "hi", "name", 255, 256, id="name in combining marks"),
+    pytest.param("n" * 5000, "hi", "name", 255, 5000, id="a much too long name"),
+    pytest.param("ann", "m" * 4097, "message", 4096, 4097, id="message"),
+    pytest.param("ann", "😀" * 4097, "message", 4096, 4097, id="message in emoji"),
+    pytest.param("ann", "m" * 60000, "message", 4096, 60000, id="a much too long message"),
+]
+
+
+@pytest.mark.parametrize(("name", "message", "field", "limit", "length"), TOO_LONG)
 @pytest.mark.parametrize("spelling", ["name", "username"])
 async def test_text_over_its_limit_is_refused_with_the_limit_and_the_length(  # noqa: PLR0913  the table's columns
     client: httpx2.AsyncClient,
@@ -154,82 +154,82 @@ async def test_text_over_its_limit_is_refused_with_the_limit_and_the_length(  # 
     assert await stored(database) == []
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        pytest.param(b"", id="empty"),
-        pytest.param(b" \r\n", id="blank"),
-        pytest.param(b"hello", id="not JSON"),
-        pytest.param(b"name=ann&message=hi", id="a web form"),
-        pytest.param(b'{"name":"ann","message":"hi"', id="truncated"),
-        pytest.param(b'{"name":"ann","message":"hi"}}', id="a brace too many"),
-        pytest.param(b'{"name":"ann","message":"hi"}{}', id="two documents"),
-        pytest.param(b'{"name":"ann","message":"hi",}', id="a comma too many"),
-        pytest.param(b"{'name':'ann','message':'hi'}", id="single quotes"),
-        pytest.param(b'{"name":"ann","message":"two\nlines"}', id="a raw line feed in a string"),
-        pytest.param(b"[]", id="array"),
-        pytest.param(b'["ann","hi"]', id="array of the values"),
-        pytest.param(b'[{"name":"ann","message":"hi"}]', id="array of the object"),
-        pytest.param(b'"ann"', id="string"),
-        pytest.param(b"1", id="number"),
-        pytest.param(b"null", id="null"),
-        pytest.param(b"true", id="boolean"),
-        pytest.param(b"NaN", id="NaN"),
-        pytest.param(b"{}", id="empty object"),
-        pytest.param(b'{"message":"hi"}', id="no name"),
-        pytest.param(b'{"name":"ann"}', id="no message"),
-        pytest.param(b'{"username":"ann"}', id="username without message"),
-        pytest.param(b'{"name":null,"message":"hi"}', id="null name"),
-        pytest.param(b'{"username":null,"message":"hi"}', id="null username"),
-        pytest.param(b'{"name":"ann","username":null,"message":"hi"}', id="name and null username"),
-        pytest.param(b'{"name":"ann","message":null}', id="null message"),
-        pytest.param(b'{"name":1,"message":"hi"}', id="number name"),
-        pytest.param(b'{"name":"ann","message":1.5}', id="number message"),
-        pytest.param(b'{"name":"ann","message":%b}' % (b"9" * 5000), id="big integer"),
-        pytest.param(b'{"name":"ann","message":1e999}', id="infinite float"),
-        pytest.param(b'{"name":"ann","message":NaN}', id="NaN message"),
-        pytest.param(b'{"name":"ann","message":-Infinity}', id="Infinity message"),
-        pytest.param(b'{"name":true,"message":"hi"}', id="boolean name"),
-        pytest.param(b'{"name":{},"message":"hi"}', id="object name"),
-        pytest.param(b'{"name":"ann","message":{"text":"hi"}}', id="object message"),
-        pytest.param(b'{"name":"ann","message":["hi"]}', id="array message"),
-        pytest.param(b'{"name":"ann","message":"hi","id":"1"}', id="unknown key"),
-        pytest.param(b'{"name":"ann","message":"hi","":0}', id="nameless key"),
-        pytest.param(b'{"Name":"ann","message":"hi"}', id="key in another case"),
-        pytest.param(b'{"name":"ann","username":"bob","message":"hi"}', id="two authors"),
-        pytest.param(b'{"name":"","message":"hi"}', id="empty name"),
-        pytest.param(b'{"username":"","message":"hi"}', id="empty username"),
-        pytest.param(b'{"name":" ","message":"hi"}', id="blank name"),
-        pytest.param(b'{"name":"\\t\\r\\n","message":"hi"}', id="name of tab and newline"),
-        pytest.param('{"name":"\u00a0\u3000","message":"hi"}'.encode(), id="name of wide blanks"),
-        pytest.param(b'{"name":"a\\u0000b","message":"hi"}', id="NUL in name"),
-        pytest.param(b'{"name":"ann","message":"\\u0000"}', id="NUL in message"),
-        pytest.param(b'{"name":"ann","message":"a\x00b"}', id="raw NUL"),
-        pytest.param(b'{"name":"\\ud800","message":"hi"}', id="lone high surrogate in name"),
-        pytest.param(b'{"name":"ann","message":"x\\ud83dx"}', id="lone high surrogate"),
-        pytest.param(b'{"name":"ann","message":"\\ude00"}', id="lone low surrogate"),
-        pytest.param(b'{"name":"ann","message":"\\ude00\\ud83d"}', id="surrogates swapped"),
-        pytest.param(b'{"name":"ann","message":"\xff"}', id="invalid UTF-8"),
-        pytest.param(b'{"name":"ann","message":"\xc0\x80"}', id="overlong NUL"),
-        pytest.param(b'{"name":"ann","message":"\xed\xa0\x80"}', id="surrogate in UTF-8"),
-        pytest.param(b'{"name":"ann","message":"\xf0\x9f\x98"}', id="cut emoji"),
-        pytest.param(b'{"\xff":"","name":"ann","message":"hi"}', id="invalid UTF-8 in a key"),
-        pytest.param('{"name":"ann","message":"é"}'.encode("latin-1"), id="Latin-1"),
-        pytest.param('{"name":"ann","message":"hi"}'.encode("utf-16"), id="UTF-16"),
-        # RFC 8259 §8.1: a sender MUST NOT add it.
-        pytest.param(b'\xef\xbb\xbf{"name":"ann","message":"hi"}', id="byte order mark"),
-        pytest.param(b"[" * 30000 + b"]" * 30000, id="deep array"),
-        pytest.param(b"[" * 60000, id="deep and open array"),
-        pytest.param(b'{"name":' * 7000 + b"1" + b"}" * 7000, id="deep object"),
-        pytest.param(
-            b'{"name":"ann","message":%b%b}' % (b"[" * 30000, b"]" * 30000), id="deep message"
-        ),
-        pytest.param(
-            b'{"name":"ann","message":"hi","x":%b%b}' % (b"[" * 30000, b"]" * 30000),
-            id="deep unknown key",
-        ),
-    ],
-)
+NO_CHATTS = [
+    pytest.param(b"", id="empty"),
+    pytest.param(b" \r\n", id="blank"),
+    pytest.param(b"hello", id="not JSON"),
+    pytest.param(b"name=ann&message=hi", id="a web form"),
+    pytest.param(b'{"name":"ann","message":"hi"', id="truncated"),
+    pytest.param(b'{"name":"ann","message":"hi"}}', id="a brace too many"),
+    pytest.param(b'{"name":"ann","message":"hi"}{}', id="two documents"),
+    pytest.param(b'{"name":"ann","message":"hi",}', id="a comma too many"),
+    pytest.param(b"{'name':'ann','message':'hi'}", id="single quotes"),
+    pytest.param(b'{"name":"ann","message":"two\nlines"}', id="a raw line feed in a string"),
+    pytest.param(b"[]", id="array"),
+    pytest.param(b'["ann","hi"]', id="array of the values"),
+    pytest.param(b'[{"name":"ann","message":"hi"}]', id="array of the object"),
+    pytest.param(b'"ann"', id="string"),
+    pytest.param(b"1", id="number"),
+    pytest.param(b"null", id="null"),
+    pytest.param(b"true", id="boolean"),
+    pytest.param(b"NaN", id="NaN"),
+    pytest.param(b"{}", id="empty object"),
+    pytest.param(b'{"message":"hi"}', id="no name"),
+    pytest.param(b'{"name":"ann"}', id="no message"),
+    pytest.param(b'{"username":"ann"}', id="username without message"),
+    pytest.param(b'{"name":null,"message":"hi"}', id="null name"),
+    pytest.param(b'{"username":null,"message":"hi"}', id="null username"),
+    pytest.param(b'{"name":"ann","username":null,"message":"hi"}', id="name and null username"),
+    pytest.param(b'{"name":"ann","message":null}', id="null message"),
+    pytest.param(b'{"name":1,"message":"hi"}', id="number name"),
+    pytest.param(b'{"name":"ann","message":1.5}', id="number message"),
+    pytest.param(b'{"name":"ann","message":%b}' % (b"9" * 5000), id="big integer"),
+    pytest.param(b'{"name":"ann","message":1e999}', id="infinite float"),
+    pytest.param(b'{"name":"ann","message":NaN}', id="NaN message"),
+    pytest.param(b'{"name":"ann","message":-Infinity}', id="Infinity message"),
+    pytest.param(b'{"name":true,"message":"hi"}', id="boolean name"),
+    pytest.param(b'{"name":{},"message":"hi"}', id="object name"),
+    pytest.param(b'{"name":"ann","message":{"text":"hi"}}', id="object message"),
+    pytest.param(b'{"name":"ann","message":["hi"]}', id="array message"),
+    pytest.param(b'{"name":"ann","message":"hi","id":"1"}', id="unknown key"),
+    pytest.param(b'{"name":"ann","message":"hi","":0}', id="nameless key"),
+    pytest.param(b'{"Name":"ann","message":"hi"}', id="key in another case"),
+    pytest.param(b'{"name":"ann","username":"bob","message":"hi"}', id="two authors"),
+    pytest.param(b'{"name":"","message":"hi"}', id="empty name"),
+    pytest.param(b'{"username":"","message":"hi"}', id="empty username"),
+    pytest.param(b'{"name":" ","message":"hi"}', id="blank name"),
+    pytest.param(b'{"name":"\\t\\r\\n","message":"hi"}', id="name of tab and newline"),
+    pytest.param('{"name":"\u00a0\u3000","message":"hi"}'.encode(), id="name of wide blanks"),
+    pytest.param(b'{"name":"a\\u0000b","message":"hi"}', id="NUL in name"),
+    pytest.param(b'{"name":"ann","message":"\\u0000"}', id="NUL in message"),
+    pytest.param(b'{"name":"ann","message":"a\x00b"}', id="raw NUL"),
+    pytest.param(b'{"name":"\\ud800","message":"hi"}', id="lone high surrogate in name"),
+    pytest.param(b'{"name":"ann","message":"x\\ud83dx"}', id="lone high surrogate"),
+    pytest.param(b'{"name":"ann","message":"\\ude00"}', id="lone low surrogate"),
+    pytest.param(b'{"name":"ann","message":"\\ude00\\ud83d"}', id="surrogates swapped"),
+    pytest.param(b'{"name":"ann","message":"\xff"}', id="invalid UTF-8"),
+    pytest.param(b'{"name":"ann","message":"\xc0\x80"}', id="overlong NUL"),
+    pytest.param(b'{"name":"ann","message":"\xed\xa0\x80"}', id="surrogate in UTF-8"),
+    pytest.param(b'{"name":"ann","message":"\xf0\x9f\x98"}', id="cut emoji"),
+    pytest.param(b'{"\xff":"","name":"ann","message":"hi"}', id="invalid UTF-8 in a key"),
+    pytest.param('{"name":"ann","message":"é"}'.encode("latin-1"), id="Latin-1"),
+    pytest.param('{"name":"ann","message":"hi"}'.encode("utf-16"), id="UTF-16"),
+    # RFC 8259 §8.1: a sender MUST NOT add it.
+    pytest.param(b'\xef\xbb\xbf{"name":"ann","message":"hi"}', id="byte order mark"),
+    pytest.param(b"[" * 30000 + b"]" * 30000, id="deep array"),
+    pytest.param(b"[" * 60000, id="deep and open array"),
+    pytest.param(b'{"name":' * 7000 + b"1" + b"}" * 7000, id="deep object"),
+    pytest.param(
+        b'{"name":"ann","message":%b%b}' % (b"[" * 30000, b"]" * 30000), id="deep message"
+    ),
+    pytest.param(
+        b'{"name":"ann","message":"hi","x":%b%b}' % (b"[" * 30000, b"]" * 30000),
+        id="deep unknown key",
+    ),
+]
+
+
+@pytest.mark.parametrize("body", NO_CHATTS)
 async def test_what_is_no_chatt_is_refused_and_stores_nothing(
     client: httpx2.AsyncClient, database: Connection, body: bytes
 ) -> None:

@@ -189,21 +189,21 @@ async def test_bytes_that_are_neither_picture_nor_video_are_refused(
     await assert_nothing_is_left(server, database)
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [
-        pytest.param((image(MP4, kind="image/jpeg"),), id="mp4 as image"),
-        pytest.param((image(QUICKTIME, kind="image/heic"),), id="quicktime as image"),
-        pytest.param((image(WEBM, kind="image/webp"),), id="webm as image"),
-        pytest.param((video(JPEG),), id="jpeg as video"),
-        pytest.param((video(GIF),), id="gif as video"),
-        pytest.param((video(WEBP),), id="webp as video"),
-        pytest.param((video(HEIC),), id="heic as video"),
-        pytest.param((image(MP4), video(JPEG)), id="exchanged"),
-        pytest.param((image(JPEG), video(b"text")), id="good image and bad video"),
-        pytest.param((video(MP4), image(b"text")), id="good video and bad image"),
-    ],
-)
+WRONG_KINDS = [
+    pytest.param((image(MP4, kind="image/jpeg"),), id="mp4 as image"),
+    pytest.param((image(QUICKTIME, kind="image/heic"),), id="quicktime as image"),
+    pytest.param((image(WEBM, kind="image/webp"),), id="webm as image"),
+    pytest.param((video(JPEG),), id="jpeg as video"),
+    pytest.param((video(GIF),), id="gif as video"),
+    pytest.param((video(WEBP),), id="webp as video"),
+    pytest.param((video(HEIC),), id="heic as video"),
+    pytest.param((image(MP4), video(JPEG)), id="exchanged"),
+    pytest.param((image(JPEG), video(b"text")), id="good image and bad video"),
+    pytest.param((video(MP4), image(b"text")), id="good video and bad image"),
+]
+
+
+@pytest.mark.parametrize("parts", WRONG_KINDS)
 async def test_the_wrong_kind_of_media_is_refused(
     server: Server, client: httpx2.AsyncClient, database: Connection, parts: tuple[Part, ...]
 ) -> None:
@@ -339,37 +339,37 @@ async def keys(database: Connection) -> list[str]:
     return [key for row in rows for key in row if key is not None]
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [
-        pytest.param((), id="no parts"),
-        pytest.param((NAMED, image(JPEG)), id="no message"),
-        pytest.param((SAYING, image(JPEG)), id="no name"),
-        pytest.param((image(JPEG), video(MP4)), id="files alone"),
-        pytest.param((*fields(""), image(JPEG)), id="empty name"),
-        pytest.param((*fields(" \t"), image(JPEG)), id="blank name"),
-        pytest.param((NAMED, SAYING, image(b"")), id="empty image"),
-        pytest.param((NAMED, SAYING, video(b"")), id="empty video"),
-        pytest.param((NAMED, SAYING, image(JPEG), video(b"")), id="image and empty video"),
-        pytest.param((NAMED, SAYING, image(b"", filename="")), id="file field left blank"),
-        pytest.param((NAMED, SAYING, Part("image", JPEG)), id="image as text"),
-        pytest.param((NAMED, SAYING, Part("video", b"https://x.example/v")), id="video as text"),
-        pytest.param((NAMED, Part("message", b"hi", "m.txt"), image(JPEG)), id="message as file"),
-        pytest.param((Part("username", b"ann", "n"), SAYING, image(JPEG)), id="name as file"),
-        pytest.param((NAMED, NAMED, SAYING, image(JPEG)), id="name twice"),
-        pytest.param((NAMED, SAYING, SAYING, image(JPEG)), id="message twice"),
-        pytest.param((NAMED, SAYING, image(JPEG), image(PNG)), id="image twice"),
-        pytest.param((NAMED, SAYING, video(MP4), video(MP4)), id="video twice"),
-        pytest.param((NAMED, Part("name", b"bob"), SAYING, image(JPEG)), id="two authors"),
-        pytest.param((NAMED, SAYING, image(JPEG), Part("colour", b"red")), id="unknown field"),
-        pytest.param((NAMED, SAYING, Part("file", JPEG, "x.jpg")), id="unknown file"),
-        pytest.param((NAMED, SAYING, Part("", JPEG, "x.jpg")), id="nameless file"),
-        pytest.param((NAMED, Part("message", b"a\x00b"), image(JPEG)), id="NUL in message"),
-        pytest.param((Part("name", b"\x00"), SAYING, image(JPEG)), id="NUL in name"),
-        pytest.param((NAMED, Part("message", b"\xff\xfe"), image(JPEG)), id="invalid UTF-8"),
-        pytest.param((Part("name", b"\xed\xa0\x80"), SAYING, image(JPEG)), id="surrogate in UTF-8"),
-    ],
-)
+NO_CHATTS = [
+    pytest.param((), id="no parts"),
+    pytest.param((NAMED, image(JPEG)), id="no message"),
+    pytest.param((SAYING, image(JPEG)), id="no name"),
+    pytest.param((image(JPEG), video(MP4)), id="files alone"),
+    pytest.param((*fields(""), image(JPEG)), id="empty name"),
+    pytest.param((*fields(" \t"), image(JPEG)), id="blank name"),
+    pytest.param((NAMED, SAYING, image(b"")), id="empty image"),
+    pytest.param((NAMED, SAYING, video(b"")), id="empty video"),
+    pytest.param((NAMED, SAYING, image(JPEG), video(b"")), id="image and empty video"),
+    pytest.param((NAMED, SAYING, image(b"", filename="")), id="file field left blank"),
+    pytest.param((NAMED, SAYING, Part("image", JPEG)), id="image as text"),
+    pytest.param((NAMED, SAYING, Part("video", b"https://x.example/v")), id="video as text"),
+    pytest.param((NAMED, Part("message", b"hi", "m.txt"), image(JPEG)), id="message as file"),
+    pytest.param((Part("username", b"ann", "n"), SAYING, image(JPEG)), id="name as file"),
+    pytest.param((NAMED, NAMED, SAYING, image(JPEG)), id="name twice"),
+    pytest.param((NAMED, SAYING, SAYING, image(JPEG)), id="message twice"),
+    pytest.param((NAMED, SAYING, image(JPEG), image(PNG)), id="image twice"),
+    pytest.param((NAMED, SAYING, video(MP4), video(MP4)), id="video twice"),
+    pytest.param((NAMED, Part("name", b"bob"), SAYING, image(JPEG)), id="two authors"),
+    pytest.param((NAMED, SAYING, image(JPEG), Part("colour", b"red")), id="unknown field"),
+    pytest.param((NAMED, SAYING, Part("file", JPEG, "x.jpg")), id="unknown file"),
+    pytest.param((NAMED, SAYING, Part("", JPEG, "x.jpg")), id="nameless file"),
+    pytest.param((NAMED, Part("message", b"a\x00b"), image(JPEG)), id="NUL in message"),
+    pytest.param((Part("name", b"\x00"), SAYING, image(JPEG)), id="NUL in name"),
+    pytest.param((NAMED, Part("message", b"\xff\xfe"), image(JPEG)), id="invalid UTF-8"),
+    pytest.param((Part("name", b"\xed\xa0\x80"), SAYING, image(JPEG)), id="surrogate in UTF-8"),
+]
+
+
+@pytest.mark.parametrize("parts", NO_CHATTS)
 async def test_a_form_that_is_no_chatt_is_refused_and_leaves_nothing(
     server: Server, client: httpx2.AsyncClient, database: Connection, parts: tuple[Part, ...]
 ) -> None:
@@ -397,36 +397,36 @@ OPEN = b"--" + BOUNDARY.encode()
 TYPE = f"multipart/form-data; boundary={BOUNDARY}"
 
 
-@pytest.mark.parametrize(
-    ("content_type", "body"),
-    [
-        pytest.param(None, WHOLE, id="no type"),
-        pytest.param("application/json", b'{"name":"ann","message":"hi"}', id="JSON"),
-        pytest.param("application/x-www-form-urlencoded", b"name=ann&message=hi", id="web form"),
-        pytest.param("multipart/mixed; boundary=" + BOUNDARY, WHOLE, id="multipart/mixed"),
-        pytest.param("multipart/form-data", WHOLE, id="no boundary"),
-        pytest.param("multipart/form-data; boundary=", WHOLE, id="empty boundary"),
-        pytest.param("multipart/form-data; boundary=" + "b" * 300, WHOLE, id="long boundary"),
-        pytest.param("multipart/form-data; boundary=other", WHOLE, id="another boundary"),
-        pytest.param("multipart/form-data; boundary=\xff", WHOLE, id="boundary not ASCII"),
-        pytest.param(TYPE, b"", id="empty body"),
-        pytest.param(TYPE, b"hello", id="no parts"),
-        pytest.param(TYPE, OPEN, id="opened only"),
-        pytest.param(TYPE, OPEN + b"\r\n", id="opened with CRLF"),
-        pytest.param(TYPE, OPEN + b"--\r\n", id="closed at once"),
-        pytest.param(TYPE, WHOLE.replace(b"\r\n", b"\n"), id="line feeds alone"),
-        pytest.param(TYPE, WHOLE.removesuffix(b"--\r\n"), id="no closing dashes"),
-        pytest.param(TYPE, WHOLE[: WHOLE.index(JPEG) + 100], id="ends inside the file"),
-        pytest.param(TYPE, WHOLE[: WHOLE.index(b"filename")], id="ends inside a header"),
-        pytest.param(TYPE, encode(NAMED, SAYING).removesuffix(OPEN + b"--\r\n"), id="unclosed"),
-        pytest.param(TYPE, WHOLE.replace(b"form-data; ", b""), id="no form-data"),
-        pytest.param(TYPE, WHOLE.replace(b"Content-Disposition", b"X-Other"), id="no disposition"),
-        pytest.param(TYPE, WHOLE.replace(b'name="message"', b"size=1"), id="a part without name"),
-        pytest.param(
-            TYPE, WHOLE.replace(b"Content-Disposition:", b"Content Disposition"), id="bad header"
-        ),
-    ],
-)
+BROKEN = [
+    pytest.param(None, WHOLE, id="no type"),
+    pytest.param("application/json", b'{"name":"ann","message":"hi"}', id="JSON"),
+    pytest.param("application/x-www-form-urlencoded", b"name=ann&message=hi", id="web form"),
+    pytest.param("multipart/mixed; boundary=" + BOUNDARY, WHOLE, id="multipart/mixed"),
+    pytest.param("multipart/form-data", WHOLE, id="no boundary"),
+    pytest.param("multipart/form-data; boundary=", WHOLE, id="empty boundary"),
+    pytest.param("multipart/form-data; boundary=" + "b" * 300, WHOLE, id="long boundary"),
+    pytest.param("multipart/form-data; boundary=other", WHOLE, id="another boundary"),
+    pytest.param("multipart/form-data; boundary=\xff", WHOLE, id="boundary not ASCII"),
+    pytest.param(TYPE, b"", id="empty body"),
+    pytest.param(TYPE, b"hello", id="no parts"),
+    pytest.param(TYPE, OPEN, id="opened only"),
+    pytest.param(TYPE, OPEN + b"\r\n", id="opened with CRLF"),
+    pytest.param(TYPE, OPEN + b"--\r\n", id="closed at once"),
+    pytest.param(TYPE, WHOLE.replace(b"\r\n", b"\n"), id="line feeds alone"),
+    pytest.param(TYPE, WHOLE.removesuffix(b"--\r\n"), id="no closing dashes"),
+    pytest.param(TYPE, WHOLE[: WHOLE.index(JPEG) + 100], id="ends inside the file"),
+    pytest.param(TYPE, WHOLE[: WHOLE.index(b"filename")], id="ends inside a header"),
+    pytest.param(TYPE, encode(NAMED, SAYING).removesuffix(OPEN + b"--\r\n"), id="unclosed"),
+    pytest.param(TYPE, WHOLE.replace(b"form-data; ", b""), id="no form-data"),
+    pytest.param(TYPE, WHOLE.replace(b"Content-Disposition", b"X-Other"), id="no disposition"),
+    pytest.param(TYPE, WHOLE.replace(b'name="message"', b"size=1"), id="a part without name"),
+    pytest.param(
+        TYPE, WHOLE.replace(b"Content-Disposition:", b"Content Disposition"), id="bad header"
+    ),
+]
+
+
+@pytest.mark.parametrize(("content_type", "body"), BROKEN)
 async def test_a_broken_form_is_refused_and_leaves_nothing(
     server: Server,
     client: httpx2.AsyncClient,
@@ -443,15 +443,15 @@ async def test_a_broken_form_is_refused_and_leaves_nothing(
     await assert_nothing_is_left(server, database)
 
 
-@pytest.mark.parametrize(
-    ("name", "message", "field", "numbers"),
-    [
-        pytest.param("ann", "m" * 4097, "message", ("4096", "4097"), id="message"),
-        pytest.param("ann", "😀" * 4097, "message", ("4096", "4097"), id="message in emoji"),
-        pytest.param("n" * 256, "hi", "name", ("255", "256"), id="name"),
-        pytest.param("😀" * 256, "hi", "name", ("255", "256"), id="name in emoji"),
-    ],
-)
+TOO_LONG = [
+    pytest.param("ann", "m" * 4097, "message", ("4096", "4097"), id="message"),
+    pytest.param("ann", "😀" * 4097, "message", ("4096", "4097"), id="message in emoji"),
+    pytest.param("n" * 256, "hi", "name", ("255", "256"), id="name"),
+    pytest.param("😀" * 256, "hi", "name", ("255", "256"), id="name in emoji"),
+]
+
+
+@pytest.mark.parametrize(("name", "message", "field", "numbers"), TOO_LONG)
 @pytest.mark.parametrize("first", ["text", "file"])
 async def test_text_over_its_limit_is_refused_and_leaves_no_file(  # noqa: PLR0913  the table's columns
     server: Server,
@@ -570,25 +570,25 @@ async def test_a_text_field_of_over_64_kib_is_refused(
     await assert_nothing_is_left(server, database)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        pytest.param(encode(*[Part(f"f{number}", b"") for number in range(20000)]), id="parts"),
-        pytest.param(encode(*[NAMED] * 20000), id="parts of one name"),
-        pytest.param(
-            encode(NAMED, SAYING, Part("image", JPEG, "x", headers=("X-Pad: " + "p" * 2**20,))),
-            id="a header of a MiB",
-        ),
-        pytest.param(
-            encode(NAMED, SAYING, Part("image", JPEG, "x", headers=("X-Pad: p",) * 20000)),
-            id="many headers",
-        ),
-        pytest.param(encode(NAMED, SAYING, Part("image", JPEG, "x" * 2**20)), id="file name"),
-        pytest.param(encode(NAMED, SAYING, Part("i" * 2**20, JPEG, "x")), id="field name"),
-        pytest.param(b"p" * 2**20 + b"\r\n", id="a preamble alone"),
-        pytest.param(OPEN + b"\r\n" + b"h" * 2**20, id="a header without end"),
-    ],
-)
+EXHAUSTING = [
+    pytest.param(encode(*[Part(f"f{number}", b"") for number in range(20000)]), id="parts"),
+    pytest.param(encode(*[NAMED] * 20000), id="parts of one name"),
+    pytest.param(
+        encode(NAMED, SAYING, Part("image", JPEG, "x", headers=("X-Pad: " + "p" * 2**20,))),
+        id="a header of a MiB",
+    ),
+    pytest.param(
+        encode(NAMED, SAYING, Part("image", JPEG, "x", headers=("X-Pad: p",) * 20000)),
+        id="many headers",
+    ),
+    pytest.param(encode(NAMED, SAYING, Part("image", JPEG, "x" * 2**20)), id="file name"),
+    pytest.param(encode(NAMED, SAYING, Part("i" * 2**20, JPEG, "x")), id="field name"),
+    pytest.param(b"p" * 2**20 + b"\r\n", id="a preamble alone"),
+    pytest.param(OPEN + b"\r\n" + b"h" * 2**20, id="a header without end"),
+]
+
+
+@pytest.mark.parametrize("body", EXHAUSTING)
 async def test_a_form_made_to_exhaust_the_server_is_refused(
     server: Server, client: httpx2.AsyncClient, database: Connection, body: bytes
 ) -> None:
