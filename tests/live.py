@@ -185,7 +185,6 @@ class Blocks:
     def __init__(self) -> None:
         self.rest = b""
         self.retries: list[int] = []
-        self.comments = 0
 
     def feed(self, data: bytes) -> list[Batch]:
         """Return the events that are whole by now; what is half is kept, and lost at a cut."""
@@ -198,8 +197,7 @@ class Blocks:
             name, colon, value = line.partition(b":")
             assert colon, block
             if not name:
-                self.comments += 1
-                continue
+                continue  # a comment
             assert value[:1] == b" ", block
             assert name not in fields, block
             fields[name] = value[1:]
