@@ -476,8 +476,13 @@ async def test_older_chatts_come_as_one_scrolls_and_what_is_read_stays_in_its_pl
         await expect(page.get_by_text("119", exact=True)).to_be_in_viewport()
         assert (await shown(page))[-50:] == [str(n) for n in range(70, 120)]
         read = page.get_by_text("75", exact=True)
-        await read.evaluate("text => text.scrollIntoView({block: 'start'})")
-        place = await read.bounding_box()
+        place = await read.evaluate(  # before the page can have noticed
+            """text => {
+              text.scrollIntoView({block: 'start'});
+              const {x, y, width, height} = text.getBoundingClientRect();
+              return {x, y, width, height};
+            }"""
+        )
         await expect(page.locator(".chatt")).to_have_count(100)
         assert await read.bounding_box() == place
         await page.locator("#scroller").press("Home")

@@ -401,10 +401,13 @@ async function loadOlder() {
   }
 }
 
+/** Say above the oldest chatt how it goes; what is being read below does not move. */
 function showOlder(text, canTryAgain) {
-  byId("older").hidden = !text;
-  byId("older-text").textContent = text;
-  byId("older-again").hidden = !canTryAgain;
+  changeFeed(() => {
+    byId("older").hidden = !text;
+    byId("older-text").textContent = text;
+    byId("older-again").hidden = !canTryAgain;
+  });
 }
 
 const beginningInSight = new IntersectionObserver(
