@@ -16,7 +16,7 @@ from sqlalchemy.engine import make_url
 
 from chatterd.database import Database
 from chatterd.keys import IdempotencyKeys, old_keys_forgotten
-from tests.conftest import client_of, connected
+from tests.conftest import client_of, connected, database_away
 from tests.multipart import (
     BOUNDARY,
     DEADLINE_SECONDS,
@@ -36,7 +36,6 @@ from tests.multipart import (
 )
 from tests.objects import delete
 from tests.samples import JPEG, MP4, PNG, longer_jpeg
-from tests.test_media_sweep import database_away
 from tests.test_writer import held_log
 
 if TYPE_CHECKING:

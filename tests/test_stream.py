@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 import httpx2
 import pytest
 
-from tests.conftest import client_of
+from tests.conftest import client_of, database_away
 from tests.multipart import connect, encode, fields, form_type, image, problem
 from tests.objects import TOMBSTONE, base_of, delete, objects, post
 from tests.samples import JPEG
 from tests.streams import Event, EventStream, has_place, http_2, place_is_free, stream_of
 from tests.test_feed import A_FEW, INSERT_MANY
 from tests.test_longpoll import cursor_of, no_cursors
-from tests.test_media_sweep import database_away
 from tests.test_tls import authority, pem, tls_options, trusting
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from sqlalchemy.engine import make_url
 
 from chatterd.database import Database
 from chatterd.errors import DatabaseUnavailable, Problem
-from chatterd.media_sweep import Sweep
 from chatterd.media import SLOTS, Slot, StoredFile
+from chatterd.media_sweep import Sweep
 from chatterd.schemas import Draft
 from chatterd.writer import Writer
 from tests.conftest import client_of, connected
