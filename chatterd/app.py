@@ -5,6 +5,7 @@ from collections.abc import Awaitable
 
 from sqlalchemy.engine import URL
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -37,12 +38,18 @@ class _Starlette(Starlette):
         return find
 
 
+async def _not_found(_scope: Scope, _receive: Receive, _send: Send) -> None:
+    """Raise 404 for a WebSocket, too, which Starlette would close without a word."""
+    raise HTTPException(404)
+
+
 def create_app(database_url: URL | None) -> Edge:
     """Return the application, which opens nothing before its lifespan begins."""
     stopping = asyncio.Event()
     starlette = _Starlette(routes=routes, lifespan=lifespan(database_url, stopping))
     # 404 and not a redirect for a path that differs by a slash: every route has both forms.
     starlette.router.redirect_slashes = False
+    starlette.router.default = _not_found
     return Edge(starlette, settings.ALLOWED_HOSTS, stopping)
 
 

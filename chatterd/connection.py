@@ -1,17 +1,22 @@
 """Hypercorn's connections, which do as much for less.
 
 Hypercorn has no setting for this: `install` puts ours in place of its own. Where a later version
-does not use the name, speed is lost, and connections whose client has left stay for
-keep_alive_timeout.
+does not use the names, speed is lost, connections whose client has left stay for
+keep_alive_timeout, and WebSockets take compressed frames.
 """
 
 import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Final, TypeAlias
 
 from hypercorn.asyncio import run, tcp_server
 from hypercorn.events import Event, RawData
+from hypercorn.protocol import events as protocol_events
+from hypercorn.protocol import h2, h11, ws_stream
+from wsproto.connection import ConnectionState
+from wsproto.events import CloseConnection
 
 _IDLE_SECONDS: Final = 0.2
 _CLOSE_SECONDS: Final = 30.0
@@ -25,6 +30,8 @@ _Action: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 def install() -> None:
     """Make Hypercorn use connections of this kind."""
     run.TCPServer = Connection  # type: ignore[attr-defined, assignment] # a subclass of it
+    for protocol in (h11, h2):
+        protocol.WSStream = WebSocket  # type: ignore[attr-defined] # a subclass of it
 
 
 class Connection(tcp_server.TCPServer):
@@ -65,6 +72,33 @@ class Connection(tcp_server.TCPServer):
             await super()._close()  # ends without an error also when it is cancelled
         if deadline.expired():  # the client takes no more of what was sent
             self.writer.transport.abort()
+
+
+class WebSocket(ws_stream.WSStream):
+    """Takes nothing that is compressed, and nothing more once it has said goodbye."""
+
+    async def handle(self, event: protocol_events.Event) -> None:
+        """Take what comes from the client."""
+        if isinstance(event, protocol_events.Request):
+            # A frame of 64 KiB would become 64 MiB before anybody looks how long it is; and what
+            # compresses takes 100 KB for each connection.
+            headers = [
+                (name, value)
+                for name, value in event.headers
+                if name.lower() != b"sec-websocket-extensions"
+            ]
+            event = replace(event, headers=headers)
+        await super().handle(event)
+
+    async def _handle_events(self) -> None:
+        if self.connection.state is not ConnectionState.LOCAL_CLOSING:
+            await super()._handle_events()
+        if self.connection.state is ConnectionState.LOCAL_CLOSING:
+            # Hypercorn stumbles over the rest of a message that is too long, and never comes to
+            # the client's goodbye behind it.
+            for event in self.connection.events():
+                if isinstance(event, CloseConnection):
+                    await self.send(protocol_events.StreamClosed(stream_id=self.stream_id))
 
 
 class LateTask:

@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from chatterd.models import Base, Chatt, feed_page
 from tests.check_migrations import alembic_config
 from tests.conftest import connected
+from tests.objects import TOMBSTONE
 
 ROOT = Path(__file__).parent.parent
 TUTORIAL = "username text, message text, id uuid, time timestamptz"
@@ -26,11 +27,12 @@ A, B, C = (UUID(int=number) for number in (1, 2, 3))
 
 
 async def migrate(url: str, revision: str = "head") -> list[str]:
-    """Return the lines that the migration printed."""
+    """Migrate up, or down to base or a revision behind a minus; return the lines it printed."""
     printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # alembic asks for the encoding
     config = alembic_config(url, printed)
-    run: Callable[..., None] = command.downgrade if revision == "base" else command.upgrade
-    await asyncio.to_thread(run, config, revision)
+    down = revision == "base" or revision.startswith("-")
+    run: Callable[..., None] = command.downgrade if down else command.upgrade
+    await asyncio.to_thread(run, config, revision.removeprefix("-"))
     printed.seek(0)
     return printed.read().splitlines()
 
@@ -210,6 +212,78 @@ async def test_a_downgrade_leaves_a_tutorials_table_and_the_upgrade_adopts_every
 
     assert await migrate(own_database) == ["chatts: adopted 1000 rows, 0 repaired"]
     assert await psql.fetch(feed) == before
+
+
+# Deleting and keys, 0003
+
+KNOWN = "SELECT seq, name, message, id, time, image, video FROM chatts ORDER BY seq"
+LOG = "SELECT epoch, 'chatts'::regclass::oid FROM feed"
+
+
+async def with_chatts(db: asyncpg.Connection) -> None:
+    await db.execute(
+        "INSERT INTO chatts (name, message, time, image)"
+        " SELECT 'n', g::text, timestamptz '2026-01-01 00:00Z' + g / 3 * interval '1 s',"
+        " CASE g % 4 WHEN 0 THEN g || '.jpeg' END FROM generate_series(1, 100) AS g"
+    )
+    await db.execute("UPDATE chatts SET video = 'v.mp4' WHERE seq % 5 = 0")
+
+
+async def test_chatts_of_the_version_before_stay_with_their_numbers_and_cursors(
+    empty_database: str, db: asyncpg.Connection
+) -> None:
+    await migrate(empty_database, "0002")
+    await with_chatts(db)
+    before, log = await db.fetch(KNOWN), await db.fetch(LOG)
+    assert await migrate(empty_database) == []
+    assert await db.fetch(KNOWN) == before
+    assert await db.fetch(LOG) == log
+    # None of them is deleted, and nobody has what would delete one.
+    rows = await db.fetch("SELECT DISTINCT deleted, delete_token_hash FROM chatts")
+    assert [tuple(row) for row in rows] == [(False, None)]
+    assert await db.fetchval("SELECT count(*) FROM idempotency_keys") == 0
+    await db.execute("INSERT INTO chatts (name, message) VALUES ('psql', 'as before')")
+    assert await db.fetchval("SELECT max(seq) FROM chatts") == before[-1]["seq"] + 1
+    assert not await db.fetchval("SELECT deleted FROM chatts ORDER BY seq DESC LIMIT 1")
+
+
+@pytest.mark.parametrize("target", ["-0002", "base"])
+async def test_a_downgrade_takes_away_what_was_deleted_and_keeps_the_rest(
+    own_database: str, psql: asyncpg.Connection, target: str
+) -> None:
+    await with_chatts(psql)
+    await psql.execute(f"{TOMBSTONE} WHERE seq % 3 = 0")
+    await psql.execute(
+        "INSERT INTO idempotency_keys (key_hash, fingerprint, salt, chatt_id, time, files)"
+        " SELECT 'k', 'f', 's', id, time, '{}' FROM chatts LIMIT 1"
+    )
+    feed = "SELECT id, name, message, time, image, video FROM chatts ORDER BY time, seq"
+    left = await psql.fetch(feed.replace("ORDER", "WHERE NOT deleted ORDER"))
+    assert 0 < len(left) < 100
+    epoch = await psql.fetchval("SELECT epoch FROM feed")
+    await migrate(own_database, target)
+    if target == "base":
+        assert await what_is_there(psql) == ["chatts"]
+        assert await psql.fetchval("SELECT count(*) FROM chatts") == len(left)
+    else:
+        assert await psql.fetch(feed) == left
+        assert "idempotency_keys" not in await what_is_there(psql)
+        # Whoever was away when the chatts were deleted learns of it by a reset.
+        assert await psql.fetchval("SELECT epoch FROM feed") != epoch
+    await migrate(own_database)
+    assert await psql.fetch(feed) == left
+    await asyncio.to_thread(command.check, alembic_config(own_database, io.StringIO()))
+
+
+async def test_a_downgrade_without_deleted_chatts_keeps_cursors(
+    own_database: str, psql: asyncpg.Connection
+) -> None:
+    await with_chatts(psql)
+    before, log = await psql.fetch(KNOWN), await psql.fetch(LOG)
+    for target in ("-0002", "head"):
+        await migrate(own_database, target)
+        assert await psql.fetch(KNOWN) == before
+        assert await psql.fetch(LOG) == log
 
 
 # Adoption
