@@ -22,7 +22,7 @@ from starlette.datastructures import Headers
 from chatterd.database import Database, Line, Statement
 from chatterd.errors import DatabaseUnavailable, Problem
 from chatterd.media import Slot, StoredFile
-from chatterd.models import delete_old_keys, kept_answers, unlock_keys
+from chatterd.models import delete_old_keys, kept_answers
 from chatterd.schemas import Draft
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,6 @@ _FORGET_LIMIT: Final = 10_000
 _KEY: Final = re.compile(r'"([!#-\[\]-~]{1,255})"|([!#-~]{1,255})')
 
 _ASK: Final = Statement(kept_answers())
-_UNLOCK: Final = Statement(unlock_keys())
 
 
 class Posted(NamedTuple):
@@ -197,10 +196,7 @@ class IdempotencyKeys:
                 asking, self._asking = self._asking, []
                 unlocking, self._unlocking = self._unlocking, []
                 try:
-                    if unlocking:
-                        await self._line.fetch(_UNLOCK, lock=unlocking)
-                    if asking:
-                        await self._answer(asking)
+                    await self._answer(asking, unlocking)
                 except Exception as error:  # noqa: BLE001 - it is raised where it was asked
                     # A lost connection has given up its locks by itself.
                     for _, answer in asking:
@@ -209,9 +205,11 @@ class IdempotencyKeys:
         finally:
             self._working = None
 
-    async def _answer(self, asking: list[_Asking]) -> None:
+    async def _answer(self, asking: list[_Asking], unlocking: list[int]) -> None:
         hashes = {key_hash: _lock_of(key_hash) for key_hash, _ in asking}
-        records = await self._line.fetch(_ASK, key_hash=list(hashes), lock=list(hashes.values()))
+        records = await self._line.fetch(
+            _ASK, key_hash=list(hashes), lock=list(hashes.values()), unlock=unlocking
+        )
         found = {record["key_hash"]: record for record in records}
         for key_hash, answer in asking:
             record = found[key_hash]

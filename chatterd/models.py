@@ -424,24 +424,28 @@ def _insert_chatts(asked: TableValuedAlias) -> ReturningInsert[UUID, datetime]:
 
 
 def kept_answers() -> Select[Any]:
-    """Select what is kept of `:key_hashes`, and try to lock each for this session.
+    """Give up the locks `:unlock`; select what is kept of `:key_hash`, and try to lock each.
 
-    The lock, of the number in `:locks`, tells other processes that the first answer is under way.
+    A lock, of the number in `:lock`, is this session's, and counts how often it was got. It tells
+    other processes that the first answer is under way. Always at least one row; where nothing is
+    asked, its columns are NULL. One round trip for both: whoever ends and who begins come together.
     """
+    ended = func.unnest(bindparam("unlock", type_=ARRAY(BigInteger))).table_valued("lock")
+    ended = ended.render_derived("ended")
+    unlocked = select(func.count(func.pg_advisory_unlock(ended.c.lock)).label("count")).subquery()
     asked = _unnested(key_hash=LargeBinary, lock=BigInteger)
     names = ("fingerprint", "salt", "chatt_id", "time", "files")
     kept = [IdempotencyKey.__table__.c[name] for name in names]
     return select(
-        asked.c.key_hash, func.pg_try_advisory_lock(asked.c.lock).label("is_locked"), *kept
+        unlocked.c.count,
+        asked.c.key_hash,
+        func.pg_try_advisory_lock(asked.c.lock).label("is_locked"),
+        *kept,
     ).select_from(
-        asked.outerjoin(IdempotencyKey.__table__, IdempotencyKey.key_hash == asked.c.key_hash)
+        unlocked.join(asked, true(), isouter=True).outerjoin(
+            IdempotencyKey.__table__, IdempotencyKey.key_hash == asked.c.key_hash
+        )
     )
-
-
-def unlock_keys() -> Select[bool]:
-    """Give up `:locks`."""
-    asked = _unnested(lock=BigInteger)
-    return select(func.pg_advisory_unlock(asked.c.lock)).select_from(asked)
 
 
 def delete_old_keys(limit: int) -> Delete:
