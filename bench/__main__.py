@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import resource
 import shutil
 import signal
 import sys
@@ -31,11 +32,13 @@ def main() -> None:
         "--only",
         default="",
         metavar="TEXT",
-        help="scenarios with this in their titles; media: all with pictures and videos",
+        help="scenarios with this in their titles; media: all with pictures and videos; live: all"
+        " with subscribers, and with keys",
     )
     options = parser.parse_args()
     plan = QUICK if options.quick else FULL
     wrk_version()  # else it would be missed late
+    _allow_descriptors()
     try:
         with _stopping_once(), _folder() as folder, postgres(folder) as text:
             url = make_url(text)
@@ -50,6 +53,12 @@ def main() -> None:
     print(report.table(outcomes))
     if not options.only:
         report.write(_RESULTS, "quick" if options.quick else "latest", facts, outcomes)
+
+
+def _allow_descriptors() -> None:
+    """Let what the bench starts have as many connections as the system allows."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextlib.contextmanager

@@ -1,10 +1,11 @@
 -- wrk's script. Arguments: how many of ten requests are posts, and a file with a post's JSON body
--- in each line; for uploads also the folder of a form (pictures.py), its Content-Type, and the
--- number of the first picture. At the end it writes a summary as one line of JSON; times are
--- microseconds.
+-- in each line; for posts with a key of their own each also what their keys begin with; for uploads
+-- instead the folder of a form (pictures.py), its Content-Type, and the number of the first picture.
+-- At the end it writes a summary as one line of JSON; times are microseconds.
 
 local bodies, posts_of_ten, count = {}, 0, 0
 local before, after
+local place_of_key = "KEY"
 
 local function mixed()
    count = count + 1
@@ -12,6 +13,12 @@ local function mixed()
       return bodies[count % #bodies + 1]
    end
    return read
+end
+
+local function with_key()
+   count = count + 1
+   local post = bodies[count % #bodies + 1]
+   return post.before .. count .. post.after
 end
 
 local function upload()
@@ -33,13 +40,26 @@ end
 
 function init(args)
    posts_of_ten = tonumber(args[1])
-   if args[3] then
+   if args[4] then
       before, after = content(args[3] .. "/before"), content(args[3] .. "/after")
       count = tonumber(args[5])
       local headers = { ["Content-Type"] = args[4] }
       local whole = wrk.format("POST", nil, headers, before .. "1234" .. after)
       before = whole:sub(1, -1 - #"1234" - #after)
       request = upload
+      return
+   end
+   if args[3] then
+      local headers = { ["Content-Type"] = "application/json", ["Idempotency-Key"] = place_of_key }
+      for line in io.lines(args[2]) do
+         local whole = wrk.format("POST", "/postchatt", headers, line)
+         local at = whole:find(place_of_key, 1, true)
+         bodies[#bodies + 1] = {
+            before = whole:sub(1, at - 1) .. args[3],
+            after = whole:sub(at + #place_of_key),
+         }
+      end
+      request = with_key
       return
    end
    if posts_of_ten == 0 then

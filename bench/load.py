@@ -18,19 +18,22 @@ _SCRIPT: Final = Path(__file__).with_name("load.lua")
 _TIMEOUT_SECONDS: Final = 60
 # No run sends as many pictures, so that each picture is sent once.
 _first_pictures: Final = itertools.count(1_000, 100_000)
+_runs: Final = itertools.count()
 
 
 @dataclass(frozen=True)
 class Load:
     """What one run of wrk sends: GET `path` again and again, or posts instead of some of them.
 
-    Or uploads to `path`: each time another picture in the form that lies in the folder `form`.
+    With `keys`, all are posts, each with an Idempotency-Key of its own. Or uploads to `path`: each
+    time another picture in the form that lies in the folder `form`.
     """
 
     connections: int
     path: str = "/getchatts"
     headers: Mapping[str, str] = field(default_factory=dict)
     posts_of_ten: int = 0
+    keys: bool = False
     form: Path | None = None
 
 
@@ -49,9 +52,11 @@ class Run:
 
 def run(load: Load, port: int, seconds: int, bodies: Path) -> Run:
     """Put `load` on the server at `port`; `bodies` holds a post's JSON in each line."""
-    form: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
     if load.form:
-        form = (str(load.form), FORM_TYPE["Content-Type"], str(next(_first_pictures)))
+        more = (str(load.form), FORM_TYPE["Content-Type"], str(next(_first_pictures)))
+    elif load.keys:
+        more = (f"run-{next(_runs)}-",)
     done = subprocess.run(
         [
             _wrk(),
@@ -62,7 +67,7 @@ def run(load: Load, port: int, seconds: int, bodies: Path) -> Run:
             *("--script", str(_SCRIPT)),
             *(word for name in load.headers for word in ("-H", f"{name}: {load.headers[name]}")),
             f"http://127.0.0.1:{port}{load.path}",
-            *("--", str(load.posts_of_ten), str(bodies), *form),
+            *("--", str(load.posts_of_ten), str(bodies), *more),
         ],
         capture_output=True,
         text=True,

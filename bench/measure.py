@@ -14,17 +14,19 @@ from typing import Final, NamedTuple
 from sqlalchemy.engine import URL
 from tqdm import tqdm
 
-from bench import data, load, media, pictures, programs, uploads
+from bench import data, live, load, media, pictures, programs, uploads
 from bench.load import Load, Run
 from bench.peers.tutorial import SCHEMA
 from bench.pictures import Form
 from bench.programs import Program
 from bench.scenarios import (
     FEW_ROWS,
+    LIVE_TITLES,
     MEDIA_TITLES,
     Comparison,
     EndlessKind,
     Kind,
+    LiveKind,
     MediaKind,
     Outcome,
     Plan,
@@ -33,6 +35,7 @@ from bench.scenarios import (
     scenarios,
     spaced,
 )
+from bench.subscribers import subscribed
 from chatterd.database import migrate
 
 _MIB: Final = 1 << 20
@@ -70,10 +73,12 @@ class Bench:
         self._only = only.lower()
         self._few_url = url.set(database="chatterd_few")
         self._endless_url = url.set(database="chatterd_endless")
+        self._live_url = url.set(database="chatterd_live")
         self._tutorial_url = url.set(database="tutorial")
-        for database in (self._few_url, self._endless_url, self._tutorial_url):
+        ours = (self._few_url, self._endless_url, self._live_url)
+        for database in (*ours, self._tutorial_url):
             data.execute(url, f"CREATE DATABASE {database.database}")
-        for database in (self._few_url, self._endless_url):
+        for database in ours:
             migrate(database)
         data.execute(self._tutorial_url, SCHEMA)
         self._warm: set[Program] = set()
@@ -90,8 +95,13 @@ class Bench:
             for kind, title in MEDIA_TITLES.items()
             if self._only in f"media: {title}".lower()
         }
+        of_live = {
+            kind: title
+            for kind, title in LIVE_TITLES.items()
+            if self._only in f"live: {title}".lower()
+        }
         runs = sum(len(scenario.programs) for scenario in against_peers)
-        runs += 2 * (len(endless) + len(of_media))
+        runs += 2 * (len(endless) + len(of_media) + len(of_live))
         with tqdm(total=runs * self._plan.rounds, unit="run", leave=False) as self._bar:
             for rows in sorted({scenario.rows for scenario in against_peers}):
                 same_size = [scenario for scenario in against_peers if scenario.rows == rows]
@@ -100,6 +110,8 @@ class Bench:
                 yield from self._endless_table(endless)
             if of_media:
                 yield from self._media(of_media)
+            if of_live:
+                yield from self._live(of_live)
 
     def _against_peers(self, rows: int, same_size: Sequence[Scenario]) -> Iterator[Outcome]:
         self._bar.set_description(f"{spaced(rows)} rows: filling the tables")
@@ -255,6 +267,63 @@ class Bench:
                 chatterd.download("/getchatts")
                 measure()
         beside.note(outcome)
+
+    def _live(self, titles: Mapping[LiveKind, str]) -> Iterator[Outcome]:
+        """Measure what reaches those who follow, what they cost, and what keys cost."""
+        for url in (self._few_url, self._live_url):
+            data.fill(url, FEW_ROWS)
+        limit = str(live.SUBSCRIBERS)
+        with ExitStack() as stack:
+            enter = stack.enter_context
+            settings = {"STREAM_MAX_SUBSCRIBERS": limit}
+            chatterd = enter(programs.chatterd(self._folder, self._live_url, **settings))
+            alone = enter(programs.chatterd(self._folder, self._few_url))
+            for kind, title in titles.items():
+                outcome = Outcome(title)
+                self._bar.set_description(title)
+                with self._recorded(outcome, 2):
+                    match kind:
+                        case "memory":
+                            live.memory(outcome, chatterd)
+                        case "delivery":
+                            self._deliveries(outcome, chatterd)
+                        case "beside":
+                            self._beside_subscribers(outcome, chatterd, alone)
+                        case "keys":
+                            self._keys(outcome, alone)
+                yield outcome
+
+    def _deliveries(self, outcome: Outcome, chatterd: Program) -> None:
+        delivery = live.Delivery(chatterd)
+        for _ in range(self._plan.rounds):
+            delivery.round(self._plan.live_posts)
+        delivery.note(outcome)
+
+    def _beside_subscribers(self, outcome: Outcome, chatterd: Program, alone: Program) -> None:
+        posts = Load(32, posts_of_ten=10)
+        contenders = [
+            Contender("chatterd", chatterd, posts, self._live_url, FEW_ROWS),
+            Contender("without subscribers", alone, posts, self._few_url, FEW_ROWS),
+        ]
+        chatterd.settle()
+        with subscribed(chatterd.port, live.BESIDE) as found:
+            self._measure(outcome, contenders, 1, self._plan.seconds)
+        outcome.compare("without subscribers", 0.9)
+        if found.ended:
+            outcome.fault = "invalid"
+            outcome.note += f"{found.ended} streams ended. "
+
+    def _keys(self, outcome: Outcome, chatterd: Program) -> None:
+        live.check_keys(chatterd)
+        contenders = [
+            Contender(name, chatterd, load, self._few_url, FEW_ROWS)
+            for name, load in {
+                "chatterd": Load(32, posts_of_ten=10, keys=True),
+                "without keys": Load(32, posts_of_ten=10),
+            }.items()
+        ]
+        self._measure(outcome, contenders, 1, self._plan.seconds)
+        outcome.compare("without keys", 0.7)
 
     def _measure(
         self, outcome: Outcome, contenders: Sequence[Contender], seconds: int, turns: int

@@ -7,6 +7,7 @@ from typing import Final, Literal, TypeAlias
 Kind: TypeAlias = Literal["get", "gzip", "not modified", "mix", "post", "limit"]
 EndlessKind: TypeAlias = Kind | Literal["memory"]
 MediaKind: TypeAlias = Literal["memory", "upload", "download", "over limit", "beside"]
+LiveKind: TypeAlias = Literal["memory", "delivery", "beside", "keys"]
 
 FEW_ROWS: Final = 10
 
@@ -16,7 +17,7 @@ class Plan:
     """How long and how large: `seconds` for a run, `slow_seconds` for one with huge answers.
 
     Runs take turns of a second, those with huge answers of all their seconds. `upload_seconds`: for
-    a run of uploads, of which a second has few.
+    a run of uploads, of which a second has few. `live_posts`: how many posts go to all subscribers.
     """
 
     rounds: int
@@ -25,13 +26,26 @@ class Plan:
     upload_seconds: int
     huge_rows: int
     endless_rows: int
+    live_posts: int
 
 
 FULL: Final = Plan(
-    3, seconds=4, slow_seconds=12, upload_seconds=2, huge_rows=100_000, endless_rows=1_000_000
+    3,
+    seconds=4,
+    slow_seconds=12,
+    upload_seconds=2,
+    huge_rows=100_000,
+    endless_rows=1_000_000,
+    live_posts=100,
 )
 QUICK: Final = Plan(
-    1, seconds=2, slow_seconds=2, upload_seconds=1, huge_rows=20_000, endless_rows=100_000
+    1,
+    seconds=2,
+    slow_seconds=2,
+    upload_seconds=1,
+    huge_rows=20_000,
+    endless_rows=100_000,
+    live_posts=20,
 )
 
 
@@ -110,6 +124,14 @@ MEDIA_TITLES: Final[Mapping[MediaKind, str]] = {
     "over limit": "over-limit upload of 400 MB, chunked",
 }
 """The titles of what is measured with pictures and videos."""
+
+LIVE_TITLES: Final[Mapping[LiveKind, str]] = {
+    "memory": "memory per idle subscriber of 1 000",
+    "delivery": "from commit to 1 000 subscribers, 5 posts a second, median",
+    "beside": "POST, 32 connections, beside 100 subscribers",
+    "keys": "POST, 32 connections, each with an Idempotency-Key",
+}
+"""The titles of what is measured with subscribers, and with keys."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,11 @@ from hypercorn.asyncio import run, tcp_server
 from hypercorn.events import Event, RawData
 from hypercorn.protocol import events as protocol_events
 from hypercorn.protocol import h2, h11, ws_stream
+from hypercorn.typing import AppWrapper
 from wsproto.connection import ConnectionState
 from wsproto.events import CloseConnection
+
+from chatterd.stream_http import SEND_CHUNK
 
 _IDLE_SECONDS: Final = 0.2
 _CLOSE_SECONDS: Final = 30.0
@@ -40,6 +43,7 @@ class Connection(tcp_server.TCPServer):
     def __init__(self, *args: Any) -> None:  # noqa: ANN401 - Hypercorn's own
         super().__init__(*args)
         self.idle_task = LateTask(self.loop)  # type: ignore[assignment] # same methods
+        self.app = _Offering(self.app, self._send_chunk)  # type: ignore[assignment] # called alike
         self._held: list[bytes] = []
         self._held_size = 0
 
@@ -57,6 +61,17 @@ class Connection(tcp_server.TCPServer):
                 self.loop.call_soon(self._release)
             self._held.append(event.data)
             self._held_size += len(event.data)
+
+    def _send_chunk(self, chunk: bytes) -> bool:
+        """Send a chunk of the answer under way past Hypercorn, if all before has been sent.
+
+        To send it through Hypercorn takes twice as long, which counts where many wait for it.
+        """
+        transport = self.writer.transport
+        if self._held or transport.is_closing() or transport.get_write_buffer_size():
+            return False
+        transport.write(chunk)
+        return True
 
     def _release(self) -> None:
         """Hand what is held to the transport."""
@@ -99,6 +114,19 @@ class WebSocket(ws_stream.WSStream):
             for event in self.connection.events():
                 if isinstance(event, CloseConnection):
                     await self.send(protocol_events.StreamClosed(stream_id=self.stream_id))
+
+
+class _Offering:
+    """The application, to which a connection of HTTP/1.1 offers to send chunks."""
+
+    def __init__(self, app: AppWrapper, send_chunk: Callable[[bytes], bool]) -> None:
+        self._app = app
+        self._send_chunk = send_chunk
+
+    def __call__(self, scope: Any, *rest: Any) -> Coroutine[Any, Any, None]:  # noqa: ANN401 - Hypercorn's own
+        if scope["http_version"] == "1.1":
+            scope["extensions"][SEND_CHUNK] = self._send_chunk
+        return self._app(scope, *rest)
 
 
 class LateTask:

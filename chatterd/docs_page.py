@@ -19,7 +19,7 @@ _PAGE: Final = """\
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{title}</title>
-<link rel="stylesheet" href="web/docs.css">
+<link rel="stylesheet" href="/web/docs.css">
 </head>
 <body>
 <header>

@@ -176,21 +176,22 @@ def _feed(summary: str, row: str, curl: str) -> _Object:
 
 def _static(
     summary: str,
-    media_type: str,
+    media_types: Iterable[str],
     curl: str,
     *,
     parameters: Iterable[str] = (),
     codes: Iterable[str] = (),
 ) -> _Object:
-    is_json = media_type == _JSON
+    is_json = _JSON in media_types
     kind, headers = ("object", _STATIC_HEADERS) if is_json else ("string", _WEB_HEADERS)
+    content = {media_type: {"type": kind} for media_type in media_types}
     return _operation(
         summary,
         "It changes with the server's version and settings alone.",
         curl,
         parameters=[*parameters, "If-None-Match"],
         answers={
-            "200": _answer("It.", headers, {media_type: {"type": kind}}),
+            "200": _answer("It.", headers, content),
             "304": _answer("It is still what the client has.", headers),
         },
         codes=codes,
@@ -430,7 +431,7 @@ _PATHS: Final[_Object] = {
         "Server",
         get=_static(
             "Read this document",
-            _JSON,
+            [_JSON],
             "curl http://127.0.0.1:8000/openapi.json",
         ),
     ),
@@ -438,7 +439,7 @@ _PATHS: Final[_Object] = {
         "Server",
         get=_static(
             "Read this document as a page",
-            "text/html",
+            ["text/html"],
             "curl http://127.0.0.1:8000/docs",
         ),
     ),
@@ -446,7 +447,7 @@ _PATHS: Final[_Object] = {
         "Server",
         get=_static(
             "Open the web client",
-            "text/html",
+            ["text/html"],
             "curl http://127.0.0.1:8000/",
         ),
     ),
@@ -454,7 +455,7 @@ _PATHS: Final[_Object] = {
         "Server",
         get=_static(
             "Fetch a file of the web client or of the page",
-            "*/*",
+            ["text/css", "text/javascript", "image/svg+xml"],
             "curl http://127.0.0.1:8000/web/app.js",
             parameters=["name"],
             codes=["not-found"],

@@ -9,6 +9,7 @@ from chatterd import settings
 from chatterd.chatts import Changes, Chatt, Chatts, Deleted, NewChatt
 from chatterd.errors import CATALOGUE, MEANINGS
 from chatterd.paging import LIMIT_MAX, NEWEST, WAIT_MAX
+from chatterd.web_http import WEB_FILES
 
 Schema: TypeAlias = dict[str, Any]
 
@@ -292,7 +293,7 @@ PARAMETERS: Final[Schema] = {
     ),
     "key": _parameter("key", "path", "What the file is called; the feed has its whole address.")
     | {"required": True},
-    "name": _parameter("name", "path", "What the file is called, such as app.js.")
+    "name": _parameter("name", "path", "What the file is called.", enum=sorted(WEB_FILES))
     | {"required": True},
     "thumb": _parameter(
         "thumb", "query", "There, with or without a value: the picture's thumbnail."

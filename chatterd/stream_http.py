@@ -17,6 +17,10 @@ from chatterd.feed_http import PartsResponse
 from chatterd.live import Batch, Live, StreamEnd, Subscription, position_of
 from chatterd.paging import Wanted
 
+SEND_CHUNK: Final = "chatterd.send_chunk"
+"""An ASGI extension: sends a chunk of a body (RFC 9112 §7.1) behind what has been sent, without
+waiting. Takes the chunk; tells whether it was sent, which it is not while the client is behind."""
+
 _RETRY_MILLISECONDS: Final = 2000
 # Those whom a server leaves do not all come back at once.
 _RETRY_AFTER_STOP_MILLISECONDS: Final = (1000, 4000)
@@ -53,6 +57,8 @@ class StreamResponse(Response):
                 return
             # An id without data sets what the client comes back with, and is no event.
             begin = f"retry: {_RETRY_MILLISECONDS}\nid: {position}\n\n"
+            if send_chunk := scope.get("extensions", {}).get(SEND_CHUNK):
+                subscription.push = lambda batch: send_chunk(batch.encoded(self._media_url, _chunk))
             with suppress(StreamEnd, ClientDisconnect, DatabaseUnavailable):
                 async with ended_with_client(subscription, receive), subscription.sending():
                     await self._send_events(subscription, begin.encode(), send)
@@ -85,6 +91,12 @@ def _events(batch: Batch, media_url: str) -> bytes:
         cursor = batch.cursor_of(event).encode()
         parts.append(b"event: %b\nid: %b\ndata: %b\n\n" % (kind, cursor, data))
     return b"".join(parts)
+
+
+def _chunk(batch: Batch, media_url: str) -> bytes:
+    """Return the events as a chunk of HTTP/1.1 (RFC 9112 §7.1)."""
+    events = batch.encoded(media_url, _events)
+    return b"%x\r\n%b\r\n" % (len(events), events)
 
 
 @asynccontextmanager

@@ -24,7 +24,7 @@ from chatterd.paging import wanted
 from chatterd.schemas import Draft, draft_from_fields, draft_from_json
 from chatterd.static import PAGE_HEADERS, Static
 from chatterd.stream_http import StreamResponse, changes_response
-from chatterd.web_http import WEB_FILES
+from chatterd.web_http import WEB_FILES, WEB_PAGE
 
 _LIMITS: Final = msgspec.json.encode(
     {
@@ -178,7 +178,7 @@ class WebPage(Endpoint):
 
     async def get(self, request: Request[State]) -> Response:
         """Answer the page."""
-        return WEB_FILES["index.html"].response(request)
+        return WEB_PAGE.response(request)
 
 
 class WebFile(Endpoint):

@@ -37,3 +37,5 @@ WEB_FILES: Final = {
     if path.suffix in _MEDIA_TYPES
 }
 """What is answered for each name."""
+WEB_PAGE: Final = WEB_FILES.pop("index.html")
+"""The web client, which has one address: its links lead from there."""

@@ -18,7 +18,7 @@ from sqlalchemy.engine import URL, make_url
 from chatterd.database import migrate
 from chatterd.embedded import postgres
 from tests.ollama import FakeOllama
-from tests.process import Server, open_folder
+from tests.process import Cluster, Server, open_folder
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -174,6 +174,18 @@ def start_server(database_url: str, tmp_path: Path) -> Iterator[StartServer]:
             return stack.enter_context(server)
 
         yield start
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with open_folder() as folder:
+        cluster = Cluster(folder)
+        try:
+            cluster.start()
+            migrate(make_url(cluster.url))
+            yield cluster
+        finally:
+            cluster.stop()
 
 
 @pytest.fixture

@@ -160,3 +160,37 @@ class Server:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+_CLUSTER = """
+import sys
+from pathlib import Path
+from chatterd.embedded import postgres
+with postgres(Path(sys.argv[1])) as url:
+    print(url, flush=True)
+    sys.stdin.read()
+"""
+
+
+class Cluster:
+    """A PostgreSQL that a test may stop."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.url = ""
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _CLUSTER, str(self._folder)],
+            env=environment(self._folder),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        url = self._process.stdout.readline().strip()
+        assert url in {url, self.url or url}
+        self.url = url
+
+    def stop(self) -> None:
+        self._process.communicate(timeout=DEADLINE_SECONDS)

@@ -14,7 +14,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import tracemalloc
 import uuid
 from collections import Counter
@@ -35,10 +34,10 @@ from chatterd.database import Database, migrate
 from chatterd.feed import Feed
 from tests.conftest import client_of, connected, dsn
 from tests.multipart import Answer, Wire, connect
-from tests.process import DEADLINE_SECONDS, Server, environment, open_folder
+from tests.process import DEADLINE_SECONDS, Cluster, Server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
 
     from sqlalchemy.engine import URL
 
@@ -814,52 +813,6 @@ async def test_what_a_killed_server_has_answered_is_there_once(
         await assert_exact(client, psql, FORMS[0])
     assert answered - shown.keys() == set()
     assert [message for message, count in shown.items() if count > 1] == []
-
-
-CLUSTER = """
-import sys
-from pathlib import Path
-from chatterd.embedded import postgres
-with postgres(Path(sys.argv[1])) as url:
-    print(url, flush=True)
-    sys.stdin.read()
-"""
-
-
-class Cluster:
-    """A PostgreSQL that a test may stop."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.url = ""
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", CLUSTER, str(self._folder)],
-            env=environment(self._folder),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._process.stdout is not None
-        url = self._process.stdout.readline().strip()
-        assert url in {url, self.url or url}
-        self.url = url
-
-    def stop(self) -> None:
-        self._process.communicate(timeout=DEADLINE_SECONDS)
-
-
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    with open_folder() as folder:
-        cluster = Cluster(folder)
-        try:
-            cluster.start()
-            migrate(make_url(cluster.url))
-            yield cluster
-        finally:
-            cluster.stop()
 
 
 class Chats:

@@ -268,8 +268,8 @@ async def test_the_server_answers_the_document(client: httpx2.AsyncClient) -> No
 def test_the_document_has_every_route_and_no_other() -> None:
     paths = {route.path for route in routes if isinstance(route, Route | WebSocketRoute)}
     assert len(paths) == len(routes)
-    assert {path.removesuffix("/") for path in paths} == set(DOCUMENT["paths"])
-    assert {f"{path}/" for path in DOCUMENT["paths"]} < paths
+    assert {path.removesuffix("/") or "/" for path in paths} == set(DOCUMENT["paths"])
+    assert {f"{path.rstrip('/')}/" for path in DOCUMENT["paths"]} < paths
 
 
 @pytest.mark.parametrize("slash", ["", "/"], ids=["no slash", "slash"])
@@ -277,7 +277,7 @@ def test_the_document_has_every_route_and_no_other() -> None:
 async def test_a_path_answers_the_methods_of_the_document_and_no_other(
     client: httpx2.AsyncClient, path: str, slash: str
 ) -> None:
-    response = await client.request("OPTIONS", path + slash)
+    response = await client.request("OPTIONS", path.rstrip("/") + slash)
     if path == WEB_SOCKET:
         assert response.status_code == 404
         return

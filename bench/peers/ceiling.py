@@ -7,9 +7,9 @@ Its headers are those that chatterd's answers must have as well.
 FILE holds the bytes that GET /getchatts answers. GET /media/... answers files of MEDIA_ROOT.
 """
 
+import asyncio
 import gzip
 import os
-import asyncio
 import sys
 from pathlib import Path
 

@@ -60,8 +60,13 @@ async function request(path, options = {}) {
   } catch {
     throw Problem.unreachable();
   }
-  if (response.ok) return text && JSON.parse(text);
-  throw Problem.of(response.status, text, response.headers.get("retry-after"));
+  if (!response.ok) throw Problem.of(response.status, text, response.headers.get("retry-after"));
+  try {
+    return text && JSON.parse(text);
+  } catch {
+    // A hotel's page, for example, that wants somebody to log in first.
+    throw new Problem(response.status, "Something else than the server has answered.");
+  }
 }
 
 /** The wait before attempt number `count`: longer each time, and not the same for everybody. */
@@ -259,7 +264,7 @@ function videoElement(video, about) {
   made.src = video.url;
   made.addEventListener("error", () => {
     const link = element("a", { href: video.url, target: "_blank", rel: "noopener" });
-    link.textContent = "Your browser cannot play this video. Open the file";
+    link.textContent = "The video cannot be played here. Open the file";
     made.replaceWith(link);
   });
   videosInSight.observe(made);
@@ -326,8 +331,10 @@ function remove(id) {
 /** Change the feed without moving what is being read, or follow its end. */
 function changeFeed(change) {
   const top = scroller.getBoundingClientRect().top;
-  const read = [...feed.children].find((item) => item.getBoundingClientRect().bottom > top);
+  const isRead = (item) => item.getBoundingClientRect().bottom > top;
+  const read = isAtEnd ? undefined : [...feed.children].find(isRead);
   const before = read?.getBoundingClientRect().top;
+  const oldest = feed.firstElementChild;
   change();
   const most = isAtEnd ? SHOWN_AT_END : SHOWN_MAX;
   while (items.size > most) {
@@ -338,6 +345,7 @@ function changeFeed(change) {
   if (isAtEnd) scrollToEnd();
   else if (read?.isConnected) scroller.scrollTop += read.getBoundingClientRect().top - before;
   byId("empty").hidden = items.size > 0 || hasOlder;
+  if (feed.firstElementChild !== oldest) watchBeginning();
 }
 
 function scrollToEnd() {
@@ -388,17 +396,18 @@ async function loadOlder() {
     });
   } catch (error) {
     showOlder(`Older chatts could not be loaded. ${error.message}`, true);
-    return;
   } finally {
     isLoadingOlder = false;
   }
-  watchBeginning();
 }
 
+/** Say above the oldest chatt how it goes; what is being read below does not move. */
 function showOlder(text, canTryAgain) {
-  byId("older").hidden = !text;
-  byId("older-text").textContent = text;
-  byId("older-again").hidden = !canTryAgain;
+  changeFeed(() => {
+    byId("older").hidden = !text;
+    byId("older-text").textContent = text;
+    byId("older-again").hidden = !canTryAgain;
+  });
 }
 
 const beginningInSight = new IntersectionObserver(
@@ -447,7 +456,6 @@ async function connect() {
     });
     showUnseen(0);
     showOlder("", false);
-    watchBeginning();
     listen();
   } catch (error) {
     if (count !== connectCount) return;
@@ -599,9 +607,16 @@ function attach(kind, file) {
 function attachFiles(files) {
   for (const file of files) {
     const kind = file.type.split("/")[0];
-    if (kind in attached) attach(kind, file);
+    if (Object.hasOwn(attached, kind)) attach(kind, file);
     else showProblem("Only pictures and videos can be attached.");
   }
+}
+
+/** Keep the browser from leaving the page for a file that is dropped. */
+function acceptFiles(event) {
+  const hasFiles = event.dataTransfer.types.includes("Files");
+  if (hasFiles) event.preventDefault();
+  return hasFiles;
 }
 
 function showAttachments() {
@@ -700,6 +715,7 @@ function fail(problem, attempt) {
   if (!mayPass || attempt + 1 >= ATTEMPTS_MAX) {
     setSending(false);
     showProblem(problem.message);
+    focusUnlessElsewhere("send");
     return;
   }
   showProblem(`${problem.message} Trying again…`);
@@ -719,7 +735,12 @@ function sent({ delete_token: token, ...chatt }) {
   isAtEnd = true;
   // With its button: the stream may have shown it before the token was there.
   changeFeed(() => showNew(chatt));
-  byId("message").focus();
+  focusUnlessElsewhere("message");
+}
+
+/** Give back the focus that a control lost when it was disabled. */
+function focusUnlessElsewhere(id) {
+  if (document.activeElement === document.body) byId(id).focus();
 }
 
 function setSending(isSending) {
@@ -734,7 +755,7 @@ function setSending(isSending) {
 function stopSending() {
   sending?.stop();
   setSending(false);
-  showProblem("Not sent.");
+  showProblem("Stopped. What is in the form can be sent again.");
   byId("send").focus();
 }
 
@@ -782,10 +803,9 @@ composer.addEventListener("paste", (event) => {
   event.preventDefault();
   attachFiles(event.clipboardData.files);
 });
-addEventListener("dragover", (event) => event.preventDefault());
+addEventListener("dragover", acceptFiles);
 addEventListener("drop", (event) => {
-  event.preventDefault(); // the browser would leave the page for the file
-  if (!sending) attachFiles(event.dataTransfer.files);
+  if (acceptFiles(event) && !sending) attachFiles(event.dataTransfer.files);
 });
 
 scroller.addEventListener("scroll", () => {
