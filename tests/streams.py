@@ -66,8 +66,9 @@ class EventStream:
 
     async def event(self) -> Event:
         """Read the next event, byte for byte as there may be one; comments are none."""
-        while (block := await self.block()) == b":\n\n":
-            pass
+        with anyio.fail_after(DEADLINE_SECONDS):
+            while (block := await self.block()) == b":\n\n":
+                pass
         match = _EVENT.fullmatch(block)
         assert match, block
         return Event(match[1].decode(), match[2].decode(), match[3])

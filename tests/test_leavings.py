@@ -91,6 +91,19 @@ async def test_a_file_that_is_posted_again_before_it_is_old_stays(
     assert key in store
 
 
+async def test_a_file_that_is_uploaded_again_meanwhile_counts_as_new(
+    store: Store, database: Database
+) -> None:
+    began = time.time()
+    key = store.store(b"picture", age=0)
+    async with leavings(database, store, settled_seconds=1) as removing:
+        removing.remove_soon([key])
+        await until(lambda: time.time() > began + 0.5)
+        store.store(b"picture", age=0)
+        await until(lambda: removals() == 0)
+    assert key in store
+
+
 async def test_what_cannot_be_removed_now_is_left_to_the_sweep(
     store: Store, database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -216,11 +216,13 @@ async def test_when_rows_are_removed_by_hand_cursors_are_reset(
 
 
 @asynccontextmanager
-async def waiting(server: Server, since: str) -> AsyncIterator[asyncio.Task[Answer]]:
+async def waiting(
+    server: Server, since: str, limit: int = 50
+) -> AsyncIterator[asyncio.Task[Answer]]:
     """A client that waits for its answer: it has the only place among the server's subscribers."""
     async with connect(server.url) as wire, client_of(server) as client:
         while True:
-            await wire.request("GET", f"/v1/chatts?since={since}&wait=55")
+            await wire.request("GET", f"/v1/chatts?since={since}&wait=55&limit={limit}")
             answer = asyncio.create_task(wire.answer())
             while not answer.done() and await has_place(client):
                 pass
@@ -297,6 +299,18 @@ async def test_what_is_there_already_is_not_waited_for(narrow: Server) -> None:
             await post(client, "more")
             assert (await answer).status_code == 200
         await place_is_free(client)
+
+
+async def test_whoever_waits_gets_no_more_at_once_than_was_asked_for(
+    narrow: Server, psql: Connection
+) -> None:
+    async with client_of(narrow) as client:
+        async with waiting(narrow, await cursor_of(client), limit=3) as answer:
+            await psql.execute(INSERT_MANY.format(10))
+            news = json.loads((await answer).content)
+        wanted = await objects(psql, base_of(client), "seq")
+        assert news["chatts"] == wanted[:3]
+        assert (await changes(client, news["cursor"]))["chatts"] == wanted[3:]
 
 
 async def test_a_client_that_leaves_gives_its_place_back(narrow: Server) -> None:
