@@ -417,6 +417,7 @@ async def test_the_limits_in_force_can_be_read(start_server: StartServer) -> Non
             "media_total_size": 20000,
             "media_free_floor": 268435456,
             "uploads_max": 3,
+            "stream_max_subscribers": 1000,
             "upload_timeout": 300,
         }
 

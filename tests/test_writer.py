@@ -19,6 +19,7 @@ from sqlalchemy.engine import make_url
 
 from chatterd.database import Database
 from chatterd.errors import DatabaseUnavailable, Problem
+from chatterd.keys import Posted
 from chatterd.media import SLOTS, Slot, StoredFile
 from chatterd.media_sweep import Sweep
 from chatterd.schemas import Draft
@@ -277,7 +278,7 @@ async def test_a_cancelled_post_cancels_no_other(own_database: str, psql: Connec
             cancelled.cancel()
         await log.release()
         results = await asyncio.gather(*posts, return_exceptions=True)
-    assert [type(result) for result in results] == [asyncio.CancelledError, type(None)] * 10
+    assert [type(result) for result in results] == [asyncio.CancelledError, Posted] * 10
     found = await stored(psql)
     assert {f"number {number}" for number in range(1, 20, 2)} <= found.keys()
     assert set(found.values()) == {1}
