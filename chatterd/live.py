@@ -225,12 +225,11 @@ class Subscription:
         is_waiting = self._waiter is not None and not self._waiter.done()
         if self.push is not None and is_waiting and self._is_caught_up and kept is self._kept:
             assert self.position is not None
-            batch = kept.after(self.position.seq)
-            if batch is not None and self.push(batch):
+            while (batch := kept.after(self.position.seq)) is not None and self.push(batch):
                 self.position = Position(batch.log, batch.events[-1].seq)
                 self._silent_since = self._live.time()
-                if self.position.seq == kept.seq:
-                    return
+            if self.position.seq == kept.seq:
+                return
         self.wake()
 
     def wake(self) -> None:
