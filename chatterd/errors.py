@@ -21,6 +21,7 @@ CATALOGUE: Final[Mapping[str, int]] = {
     "name-too-long": 400,
     "message-too-long": 400,
     "delete-token-wrong": 403,
+    "address-not-allowed": 403,
     "not-found": 404,
     "chatt-not-found": 404,
     "method-not-allowed": 405,
@@ -62,6 +63,7 @@ CATALOGUE: Final[Mapping[str, int]] = {
     "too-many-uploads": 503,
     "too-many-subscribers": 503,
     "database-unavailable": 503,
+    "not-ready": 503,
     "storage-full": 507,
 }
 """Each code a problem can carry, with its status. Codes never change their meaning."""
@@ -74,6 +76,7 @@ MEANINGS: Final[Mapping[str, str]] = {
         "`Chatterd-Delete-Token` is missing, or not the one that posting the chatt was "
         "answered with"
     ),
+    "address-not-allowed": "the client's address is not in `METRICS_ALLOWED`",
     "not-found": "there is nothing at this address",
     "chatt-not-found": "there is no chatt with the id in the address, in `before` or in `after`",
     "method-not-allowed": "the address does not answer this method; `Allow` names those it does",
@@ -129,6 +132,7 @@ MEANINGS: Final[Mapping[str, str]] = {
         "`Retry-After` says when to try again"
     ),
     "database-unavailable": "the database does not answer; `Retry-After` says when to try again",
+    "not-ready": "`/readyz`: a check has failed, which `checks` names, or the server stops",
     "storage-full": "there is no room for the file",
 }
 """When each code is answered."""

@@ -8,7 +8,7 @@ import ipaddress
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from sqlalchemy.engine import URL, make_url
@@ -117,6 +117,55 @@ def _hosts(text: str) -> tuple[str, ...]:
     return hosts
 
 
+Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class Peers(NamedTuple):
+    """Who a connection may come from: addresses in `networks`, and unix sockets if `unix`."""
+
+    networks: tuple[Network, ...]
+    unix: bool
+
+    def have(self, address: str | None) -> bool:
+        """Tell whether the peer at `address`, None for one at a unix socket, is among them."""
+        if address is None:
+            return self.unix
+        try:
+            found = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+        return any((mapped or found) in network for network in self.networks)
+
+
+def _peers(text: str) -> Peers:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    networks = []
+    for word in words:
+        if word != "unix":
+            try:
+                networks.append(ipaddress.ip_network(word))
+            except ValueError:
+                raise ValueError(f"holds {word!r}, which is no address or network") from None
+    return Peers(tuple(networks), "unix" in words)
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def cast(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"is {text!r}")
+        return text
+
+    return cast
+
+
+def _path_prefix(text: str) -> str:
+    path = text.rstrip("/")
+    if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", path) or {".", ".."} & set(path.split("/")):
+        raise ValueError(f"is {text!r}, which is no path of letters, digits and ._~-")
+    return path
+
+
 def _folder(text: str) -> Path:
     path = Path(text).expanduser().absolute()
     if path.exists() and not path.is_dir():
@@ -154,6 +203,27 @@ ALLOWED_HOSTS: tuple[str, ...] = _setting(
     _hosts,
     "*",
     right="host names with commas between, like chatter.example,*.chatter.example, or * for any",
+)
+ROOT_PATH: str = _setting(
+    "ROOT_PATH", _path_prefix, "", right="a path like /chatter, or empty for the root of the host"
+)
+TRUSTED_PROXIES: Peers = _setting(
+    "TRUSTED_PROXIES",
+    _peers,
+    "unix",
+    right="addresses and networks with commas between, unix for whoever connects to a unix socket",
+)
+PROXY_HEADERS: str = _setting(
+    "PROXY_HEADERS",
+    _one_of("x-forwarded", "forwarded"),
+    "x-forwarded",
+    right="x-forwarded, for X-Forwarded-For and the like, or forwarded, for the header of RFC 7239",
+)
+METRICS_ALLOWED: Peers = _setting(
+    "METRICS_ALLOWED",
+    _peers,
+    "127.0.0.1,::1,unix",
+    right="addresses and networks with commas between, unix for whoever connects to a unix socket",
 )
 OLLAMA_URL: str = _setting(
     "OLLAMA_URL", _web_url, "http://localhost:11434", right="an address like http://localhost:11434"
@@ -211,4 +281,25 @@ FEED_CACHE_BYTES: int = _setting(
 )
 UPLOAD_TIMEOUT: int = _setting(
     "UPLOAD_TIMEOUT", _integer(1, 86_400), "300", right="a number of seconds, 1 to 86400"
+)
+SHUTDOWN_TIMEOUT: int = _setting(
+    "SHUTDOWN_TIMEOUT", _integer(0, 3600), "30", right="a number of seconds, 0 to 3600"
+)
+LOG_LEVEL: str = _setting(
+    "LOG_LEVEL",
+    _one_of("debug", "info", "warning", "error"),
+    "info",
+    right="debug, info, warning or error",
+)
+LOG_FORMAT: str = _setting(
+    "LOG_FORMAT",
+    _one_of("auto", "text", "json"),
+    "auto",
+    right="text, json, or auto for text on a terminal and JSON elsewhere",
+)
+SLOW_QUERY_MILLISECONDS: int = _setting(
+    "SLOW_QUERY_MILLISECONDS",
+    _integer(0, 600_000),
+    "500",
+    right="a number of milliseconds, 0 to 600000",
 )
