@@ -128,7 +128,8 @@ def encoded_page(chatts: Iterable[StoredChatt], cursor: str, media_url: str) -> 
 def media_url_of(scheme: str, host: str) -> str:
     """Return what stands before the keys in media addresses, for a request of this origin."""
     # A WebSocket's address has schemes of its own: ws and wss.
-    base = settings.PUBLIC_URL or f"{scheme.replace('ws', 'http', 1)}://{host}"
+    scheme = scheme.replace("ws", "http", 1)
+    base = settings.PUBLIC_URL or f"{scheme}://{host}{settings.ROOT_PATH}"
     return f"{base}/media/"
 
 

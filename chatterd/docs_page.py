@@ -19,13 +19,13 @@ _PAGE: Final = """\
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{title}</title>
-<link rel="stylesheet" href="/web/docs.css">
+<link rel="stylesheet" href="{root}/web/docs.css">
 </head>
 <body>
 <header>
 <h1>{title}</h1>
 {intro}
-<p>Version {version}. <a href="/openapi.json">openapi.json</a> has the same for programs.</p>
+<p>Version {version}. <a href="{root}/openapi.json">openapi.json</a> has the same for programs.</p>
 </header>
 <nav aria-label="Contents">
 {contents}
@@ -57,6 +57,7 @@ class _Page:
         ]
         return _PAGE.format(
             title=f"The API of {escape(info['title'])}",
+            root=self._document["servers"][0]["url"].rstrip("/"),
             version=escape(info["version"]),
             intro=_paragraphs(info["description"]),
             contents=self._contents(),

@@ -18,6 +18,7 @@ from typing import Final
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from chatterd import proxy
 from chatterd.errors import BrokenAnswer, Problem, problem_of, problem_response
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        proxy.restore(scope)
         host, request_id, has_body = _head(scope)
         if not request_id or not _SANE_REQUEST_ID.fullmatch(request_id):
             request_id = self._new_id()
@@ -103,6 +105,7 @@ class Edge:
 
     async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a WebSocket be served, or refuse it by a problem as long as it is not accepted."""
+        proxy.restore(scope)
         host, request_id, _ = _head(scope)
         if not request_id or not _SANE_REQUEST_ID.fullmatch(request_id):
             request_id = self._new_id()

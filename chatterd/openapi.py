@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, TypeAlias
 
-from chatterd import __version__
+from chatterd import __version__, settings
 from chatterd.errors import CATALOGUE, title_of
 from chatterd.media import MEDIA_TYPES, SLOTS
 from chatterd.openapi_parts import HEADERS, PARAMETERS, SCHEMAS, ref
@@ -490,7 +490,7 @@ DOCUMENT: Final[_Object] = {
         "description": _DESCRIPTION,
         "license": {"name": "MIT", "identifier": "MIT"},
     },
-    "servers": [{"url": "/"}],
+    "servers": [{"url": settings.ROOT_PATH or "/"}],
     "tags": [
         {"name": "Chatts", "description": "Chatts as objects, for clients written from now on."},
         {"name": "Tutorial", "description": "What the tutorial's apps use: the same chatts."},

@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 from urllib.parse import parse_qsl, quote
 from uuid import UUID
 
+from chatterd import settings
 from chatterd.errors import Problem
 
 LIMIT_MAX: Final = 500
@@ -99,7 +100,7 @@ def links(path: str, page: Wanted, first: str | None, last: str | None) -> bytes
     """
     if (bound := page.before or page.after) is not None:
         first, last = first or str(bound), last or str(bound)
-    address = f"{quote(path)}?limit={page.limit}"
+    address = f"{settings.ROOT_PATH}{quote(path)}?limit={page.limit}"
     if first is None:  # nothing has been posted yet
         return f'<{address}>; rel="next"'.encode()
     return (

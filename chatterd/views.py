@@ -259,7 +259,7 @@ def _done(posted: Posted) -> Response:
 
 
 def _location(posted: Posted) -> tuple[bytes, bytes]:
-    return b"location", b"/v1/chatts/%b" % str(posted.id).encode()
+    return b"location", f"{settings.ROOT_PATH}/v1/chatts/{posted.id}".encode()
 
 
 def _replayed(posted: Posted) -> list[tuple[bytes, bytes]]:
