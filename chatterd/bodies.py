@@ -32,6 +32,9 @@ if TYPE_CHECKING:  # python-multipart defines it for type checkers only
     from python_multipart.multipart import MultipartCallbacks
 
 _BYTES_SECONDS: Final = 30.0
+# An upload gets as long from its begin, and then a second for each so many bytes, or a few slow
+# clients would hold all the places of UPLOADS_MAX for UPLOAD_TIMEOUT. 2G phones are faster.
+_SLOWEST_BYTES: Final = 1024
 # The server hands over 64 KiB at once. More in memory would be more than 1 MiB for an upload, with
 # what the server keeps.
 _WRITE_SIZE: Final = 60 * 1024
@@ -123,8 +126,7 @@ async def received_form(
     with media.uploading():
         receiver = _FormReceiver(headers, media)
         try:
-            async with _deadline(settings.UPLOAD_TIMEOUT):
-                await receiver.receive(_limited(headers, stream, _FORM_MAX_SIZE))
+            await receiver.receive(_limited(headers, _in_time(stream), _FORM_MAX_SIZE))
             yield receiver.form
         finally:
             # Must finish although the request may be being cancelled.
@@ -132,13 +134,22 @@ async def received_form(
                 await to_thread.run_sync(_remove, receiver.parts)
 
 
-@asynccontextmanager
-async def _deadline(seconds: float) -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError as error:
-        raise _too_slow(seconds) from error
+async def _in_time(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Pass `stream` on as long as it keeps up; raises `Problem` 408 when it waits for too long."""
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    received = 0
+    while True:
+        allowed = min(settings.UPLOAD_TIMEOUT, _BYTES_SECONDS + received / _SLOWEST_BYTES)
+        try:
+            async with asyncio.timeout_at(begun + allowed):
+                chunk = await anext(stream, None)
+        except TimeoutError as error:
+            raise _too_slow(allowed) from error
+        if chunk is None:
+            return
+        received += len(chunk)
+        yield chunk
 
 
 def _too_slow(seconds: float) -> Problem:
