@@ -1,7 +1,6 @@
 """The `chatterd` command."""
 
 import argparse
-import asyncio
 import json
 import logging
 import os
@@ -13,11 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from sqlalchemy.engine import URL, make_url
-
 from chatterd import __version__
 
 if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
+
     from chatterd.database import Database
     from chatterd.media_folder import Tally
 
@@ -80,13 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for chatty in ("alembic", "httpx2", "watchfiles"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # Late, so that --help needs no usable settings and does not wait for imports.
-    from alembic.util import CommandError  # noqa: PLC0415
-
     from chatterd.database import SchemaError, StatementError  # noqa: PLC0415
     from chatterd.embedded_home import EmbeddedPostgresError  # noqa: PLC0415
     from chatterd.lifespan import StartError  # noqa: PLC0415
 
-    database_errors = (SchemaError, StatementError, EmbeddedPostgresError, CommandError)
+    database_errors = (SchemaError, StatementError, EmbeddedPostgresError)
     try:
         options.run(options)
     except (StartError, MediaError, *database_errors) as error:
@@ -209,7 +206,7 @@ def _serve(options: argparse.Namespace) -> None:
         server.run(create_app(url), listener, address, announce)
 
 
-def _serve_and_reload(url: URL) -> None:
+def _serve_and_reload(url: "URL") -> None:
     """Run this same command without --reload, again whenever the package's files change."""
     import watchfiles  # noqa: PLC0415 - only development needs it
 
@@ -282,13 +279,15 @@ def _with_media(work: "Callable[[Database, Path], Coroutine[Any, Any, T]]") -> T
 
     Raises `MediaError`, `SchemaError`, `StatementError`, `EmbeddedPostgresError`.
     """
+    import asyncio  # noqa: PLC0415 - see main
+
     from chatterd import database, settings  # noqa: PLC0415 - see main
     from chatterd.errors import DatabaseUnavailable  # noqa: PLC0415 - see main
 
     # What it logs is about requests; a command says it in its own words.
     logging.getLogger(database.__name__).setLevel(logging.CRITICAL)
 
-    async def run(url: URL) -> T:
+    async def run(url: "URL") -> T:
         opened = database.Database(url)
         try:
             return await work(opened, settings.MEDIA_ROOT)
@@ -307,11 +306,13 @@ def _with_media(work: "Callable[[Database, Path], Coroutine[Any, Any, T]]") -> T
 
 
 @contextmanager
-def _database_beside_a_server() -> Iterator[URL]:
+def _database_beside_a_server() -> Iterator["URL"]:
     """Yield the database's URL: of the embedded one, which a server may be running or nobody.
 
     Never of a new one: to it, every file would be an orphan.
     """
+    from sqlalchemy.engine import make_url  # noqa: PLC0415 - see main
+
     from chatterd import embedded, settings  # noqa: PLC0415 - see main
     from chatterd.embedded_home import EmbeddedPostgresError  # noqa: PLC0415 - see main
 
@@ -329,13 +330,17 @@ def _database_beside_a_server() -> Iterator[URL]:
 
 
 @contextmanager
-def _database() -> Iterator[URL]:
+def _database() -> Iterator["URL"]:
     """Yield the database's URL; where none is set, run the embedded one, migrated."""
-    from chatterd import database, embedded, settings  # noqa: PLC0415 - see main
+    from chatterd import settings  # noqa: PLC0415 - see main
 
     if settings.DATABASE_URL is not None:
         yield settings.DATABASE_URL
         return
+    from sqlalchemy.engine import make_url  # noqa: PLC0415 - see main
+
+    from chatterd import database, embedded  # noqa: PLC0415 - see main
+
     with embedded.postgres(_VAR, bin_dir=settings.PG_BIN) as text:
         url = make_url(text)
         database.migrate(url)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
+import tempfile
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import asyncpg
@@ -22,7 +25,6 @@ from tests.process import Cluster, Server, open_folder
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
 
     from tests import multipart
     from tests.multipart import Connection
@@ -32,6 +34,26 @@ StartServer: TypeAlias = Callable[..., Server]
 # A shell starts what it puts into the background with SIGINT ignored, and so would be the servers
 # started here, which are to be stopped by it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+MEMORY = Path("/dev/shm")  # noqa: S108 - what is made there gets a fresh name
+MEMORY_BYTES = 4 * 1024**3
+
+
+def _keep_temporary_files_in_memory() -> None:
+    """Have temporary folders made in memory where it is large enough, and nobody said TMPDIR.
+
+    Clusters of PostgreSQL and media folders are thousands of small files, synced one by one: half
+    of the tests' time would be the disk's. Nothing here has to outlive the machine.
+    """
+    if "TMPDIR" in os.environ or not os.access(MEMORY, os.W_OK):
+        return
+    may_execute = not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC
+    if may_execute and shutil.disk_usage(MEMORY).free >= MEMORY_BYTES:
+        os.environ["TMPDIR"] = str(MEMORY)
+        tempfile.tempdir = None  # not the answer of before
+
+
+_keep_temporary_files_in_memory()
 
 
 @pytest.fixture(scope="session")
