@@ -141,7 +141,8 @@ class Audience:
 async def test_a_server_that_stops_lets_go_of_everybody_properly_and_in_time(
     own_database: str, psql: Connection, start_server: StartServer
 ) -> None:
-    server = start_server(DATABASE_URL=own_database)
+    # For those who do not read; the others need none of it.
+    server = start_server(DATABASE_URL=own_database, SHUTDOWN_TIMEOUT="1")
     async with AsyncExitStack() as stack:
         for follow in (stream, websocket):
             await stack.enter_async_context(unread(server, follow))
