@@ -90,10 +90,7 @@ class Connection(tcp_server.TCPServer):
     async def run(self) -> None:
         """Serve the client until either side closes."""
         self._connections.add(self)
-        try:
-            await super().run()
-        finally:
-            self._connections.remove(self)
+        await super().run()
 
     async def protocol_send(self, event: Event) -> None:
         """Send what the protocol says, in order; wait while the client takes no more."""
@@ -182,10 +179,14 @@ class Connection(tcp_server.TCPServer):
 
     async def _close(self) -> None:
         self._release()
-        async with asyncio.timeout(_CLOSE_SECONDS) as deadline:
-            await super()._close()  # ends without an error also when it is cancelled
-        if deadline.expired():  # the client takes no more of what was sent
-            self.writer.transport.abort()
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS) as deadline:
+                await super()._close()  # ends without an error also when it is cancelled
+            if deadline.expired():  # the client takes no more of what was sent
+                self.writer.transport.abort()
+        finally:
+            # Not when `run` ends: Hypercorn's next ping of a WebSocket is waited for there.
+            self._connections.remove(self)
 
 
 class WebSocket(ws_stream.WSStream):

@@ -141,8 +141,10 @@ class Edge:
     def _new_id(self) -> bytes:
         return b"%b%x" % (self._id_prefix, next(self._id_counter))
 
-    def end_requests(self) -> None:
-        """End the requests that are still under way."""
+    async def finish_requests(self, grace_seconds: float) -> None:
+        """Give the requests under way `grace_seconds` to end, then end them."""
+        if self._requests:
+            await asyncio.wait(set(self._requests), timeout=grace_seconds)
         for task in self._requests:
             task.cancel()
         if self._requests:

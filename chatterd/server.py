@@ -29,7 +29,7 @@ from chatterd.notify import notify, watchdog_seconds
 
 logger = logging.getLogger(__name__)
 
-# Requests that have been ended get a moment to say so; then their connections are cut.
+# Requests whose client has left, or that have been ended, get a moment for it.
 _CUT_SECONDS: Final = 0.3
 # What the application may take to close, when all connections are. Whatever is posted is stored by
 # then, unless the database hangs.
@@ -156,7 +156,7 @@ async def serve(app: Edge, listener: Listener, on_ready: Callable[[], None]) -> 
         await _first(
             connections.none_open(), stop.hurried.wait(), seconds=settings.SHUTDOWN_TIMEOUT
         )
-        app.end_requests()
+        await app.finish_requests(_CUT_SECONDS)
         await _first(connections.none_open(), seconds=_CUT_SECONDS)
         connections.abort()
         away.set()
