@@ -109,6 +109,13 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on")
     serve.add_argument("--port", type=_port, default=8000, help="port; 0 takes a free one")
     serve.add_argument(
+        "--uds",
+        type=Path,
+        metavar="PATH",
+        help="unix socket to listen on instead; who may enter its folder may connect",
+    )
+    serve.add_argument("--fd", type=int, help=argparse.SUPPRESS)  # from the supervisor
+    serve.add_argument(
         "--certfile", type=Path, metavar="FILE", help="TLS certificate (PEM); brings HTTP/2"
     )
     serve.add_argument("--keyfile", type=Path, metavar="FILE", help="the certificate's key (PEM)")
@@ -180,8 +187,11 @@ def _seconds(text: str) -> int:
 
 def _serve(options: argparse.Namespace) -> None:
     from chatterd import server, settings  # noqa: PLC0415 - see main
+    from chatterd.listener import Address, Listener  # noqa: PLC0415 - see main
 
-    address = server.Address(options.host, options.port, options.certfile, options.keyfile)
+    address = Address(
+        options.host, options.port, options.certfile, options.keyfile, options.uds, options.fd
+    )
     server.check_tls(address)
     if options.reload:
         with _database() as url:
@@ -190,20 +200,20 @@ def _serve(options: argparse.Namespace) -> None:
 
     from chatterd.app import create_app  # noqa: PLC0415 - see main
 
-    with server.listen(address) as listener, _database() as url:
-        address_url = server.url_of(listener, address)
+    with Listener(address) as listener, _database() as url:
+        answers_at = listener.url
 
         def announce() -> None:
             kind = "embedded PostgreSQL" if settings.DATABASE_URL is None else "PostgreSQL"
             lines = (
-                f"chatterd {__version__} answers at {address_url}",
+                f"chatterd {__version__} answers at {answers_at}",
                 f"database: {kind}, {url.render_as_string(hide_password=True)}",
                 f"media: {settings.MEDIA_ROOT}",
             )
             sys.stdout.write("\n".join(lines) + "\n")
             sys.stdout.flush()
 
-        server.run(create_app(url), listener, address, announce)
+        server.run(create_app(url), listener, announce)
 
 
 def _serve_and_reload(url: "URL") -> None:

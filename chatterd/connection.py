@@ -2,14 +2,16 @@
 
 Hypercorn has no setting for this: `install` puts ours in place of its own. Where a later version
 does not use the names, speed is lost, connections whose client has left stay for
-keep_alive_timeout, and WebSockets take compressed frames.
+keep_alive_timeout, WebSockets take compressed frames, and a server that stops cuts connections.
 """
 
 import asyncio
+import select
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Final, TypeAlias
+from functools import partial
+from typing import Any, Final, TypeAlias, cast
 
 from hypercorn.asyncio import run, tcp_server
 from hypercorn.events import Event, RawData
@@ -22,6 +24,13 @@ from wsproto.events import CloseConnection
 from chatterd.stream_http import SEND_CHUNK
 
 _IDLE_SECONDS: Final = 0.2
+# What the head of a request may take, how long a new connection may wait with it, and how often
+# that is looked at.
+_HEAD_SECONDS = 30.0
+_LOOK_SECONDS = 5.0
+# How long an idle connection stays when the server stops, less _IDLE_SECONDS: a proxy that has
+# just begun to send a request is to get its answer.
+_LAST_SECONDS: Final = 0.8
 _CLOSE_SECONDS: Final = 30.0
 # Up to here, what is sent within one turn of the event loop goes out in one write. A large part
 # goes alone: behind a head it would not begin on a page, and its copying took half as long again.
@@ -30,22 +39,58 @@ _HELD_SIZE: Final = 32 * 1024
 _Action: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 
 
-def install() -> None:
-    """Make Hypercorn use connections of this kind."""
-    run.TCPServer = Connection  # type: ignore[attr-defined, assignment] # a subclass of it
-    for protocol in (h11, h2):
-        protocol.WSStream = WebSocket  # type: ignore[attr-defined] # a subclass of it
+class Connections:
+    """Those that are open, and their end when the server stops."""
+
+    def __init__(self) -> None:
+        self.draining = asyncio.Event()
+        """Set when each is to be closed as soon as it is idle and nothing more comes."""
+        self._open: set[Connection] = set()
+        self._none_open = asyncio.Event()
+        self._none_open.set()
+
+    def install(self) -> None:
+        """Make Hypercorn use connections of our kind."""
+        run.TCPServer = partial(Connection, self)  # type: ignore[attr-defined, assignment] # makes one of a subclass
+        for protocol in (h11, h2):
+            protocol.WSStream = WebSocket  # type: ignore[attr-defined] # a subclass of it
+
+    def add(self, connection: "Connection") -> None:
+        """Count one that has been opened."""
+        self._open.add(connection)
+        self._none_open.clear()
+
+    def remove(self, connection: "Connection") -> None:
+        """Count it no more."""
+        self._open.discard(connection)
+        if not self._open:
+            self._none_open.set()
+
+    async def none_open(self) -> None:
+        """Wait until the last one is closed."""
+        await self._none_open.wait()
+
+    def abort(self) -> None:
+        """Close all at once, whatever is still to be sent."""
+        for connection in self._open:
+            connection.writer.transport.abort()
 
 
 class Connection(tcp_server.TCPServer):
     """Sends an answer's head, body and end at once, where Hypercorn sends one by one."""
 
-    def __init__(self, *args: Any) -> None:  # noqa: ANN401 - Hypercorn's own
+    def __init__(self, connections: Connections, *args: Any) -> None:  # noqa: ANN401 - Hypercorn's own
         super().__init__(*args)
+        self._connections = connections
         self.idle_task = LateTask(self.loop)  # type: ignore[assignment] # same methods
         self.app = _Offering(self.app, self._send_chunk)  # type: ignore[assignment] # called alike
         self._held: list[bytes] = []
         self._held_size = 0
+
+    async def run(self) -> None:
+        """Serve the client until either side closes."""
+        self._connections.add(self)
+        await super().run()
 
     async def protocol_send(self, event: Event) -> None:
         """Send what the protocol says, in order; wait while the client takes no more."""
@@ -81,12 +126,67 @@ class Connection(tcp_server.TCPServer):
             with suppress(ConnectionError, RuntimeError):
                 self.writer.writelines(held)
 
+    async def _idle_timeout(self) -> None:
+        """Close it when it has been idle for too long, or is and the server stops."""
+        idle = waiting = 0.0
+        draining = self._connections.draining
+        while (
+            not draining.is_set()
+            and idle < self.config.keep_alive_timeout
+            and waiting < _HEAD_SECONDS
+        ):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_SECONDS):
+                    await draining.wait()
+            idle += _LOOK_SECONDS
+            is_new = self.protocol.protocol.keep_alive_requests == 0
+            waiting = waiting + _LOOK_SECONDS if is_new or self._head_has_begun() else 0.0
+        if draining.is_set():
+            await self._say_goodbye()
+            has_more = True
+            while has_more:
+                await asyncio.sleep(_LAST_SECONDS)
+                has_more = await self._has_more()
+        await asyncio.shield(self._initiate_server_close())
+
+    async def _say_goodbye(self) -> None:
+        """Tell a client of HTTP/2 which requests were answered: others it may send elsewhere."""
+        protocol = self.protocol.protocol
+        if isinstance(protocol, h2.H2Protocol):
+            protocol.connection.close_connection()
+            await self.protocol_send(RawData(protocol.connection.data_to_send()))
+
+    def _head_has_begun(self) -> bool:
+        protocol = self.protocol.protocol
+        return isinstance(protocol, h11.H11Protocol) and protocol.connection.trailing_data[0] != b""
+
+    async def _has_more(self) -> bool:
+        """Tell whether a request has begun to come, be it only to the socket."""
+        transport = cast("asyncio.Transport", self.writer.transport)  # one for both ways
+        if transport.is_closing():
+            return False
+        transport.pause_reading()
+        try:
+            # What has been read comes to the protocol, which ends this if it is a request.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            unread = select.poll()
+            unread.register(self.writer.get_extra_info("socket").fileno(), select.POLLIN)
+            return self._head_has_begun() or unread.poll(0) != []
+        finally:
+            if not transport.is_closing():
+                transport.resume_reading()
+
     async def _close(self) -> None:
         self._release()
-        async with asyncio.timeout(_CLOSE_SECONDS) as deadline:
-            await super()._close()  # ends without an error also when it is cancelled
-        if deadline.expired():  # the client takes no more of what was sent
-            self.writer.transport.abort()
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS) as deadline:
+                await super()._close()  # ends without an error also when it is cancelled
+            if deadline.expired():  # the client takes no more of what was sent
+                self.writer.transport.abort()
+        finally:
+            # Not when `run` ends: Hypercorn's next ping of a WebSocket is waited for there.
+            self._connections.remove(self)
 
 
 class WebSocket(ws_stream.WSStream):

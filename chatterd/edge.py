@@ -35,7 +35,7 @@ class Edge:
     """An ASGI application around another.
 
     `allowed_hosts` are lower-case host names, `*.example.com` for every name below one, `*` for
-    any. `stopping` is set before requests are given up: what would go on for ever is to end then.
+    any. `stopping` is set when the server is told to stop: what would go on for ever ends then.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Edge:
     ) -> None:
         self.app = app
         self._allowed_hosts = allowed_hosts
-        self._stopping = stopping
+        self.stopping = stopping
         self._requests: set[asyncio.Task[None]] = set()
         self._discards: set[asyncio.Task[None]] = set()
         # Unique like a UUID for each request would be, in a tenth of the time.
@@ -74,6 +74,9 @@ class Edge:
             if message["type"] == "http.response.start":
                 begun = True
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                # A proxy uses up the connections it keeps, instead of losing a request on one.
+                if self.stopping.is_set() and scope["http_version"] != "2":
+                    message["headers"].append((b"connection", b"close"))
             elif body and not body.ended and not message.get("more_body", False):
                 return self._end_early(body, message, send)
             return send(message)
@@ -142,12 +145,7 @@ class Edge:
         return b"%b%x" % (self._id_prefix, next(self._id_counter))
 
     async def finish_requests(self, grace_seconds: float) -> None:
-        """Give the requests under way `grace_seconds` to end, then end them.
-
-        Python 3.12 and later wait for every open connection when a server stops: without this,
-        one endless answer would keep the server from stopping.
-        """
-        self._stopping.set()
+        """Give the requests under way `grace_seconds` to end, then end them."""
         if self._requests:
             await asyncio.wait(set(self._requests), timeout=grace_seconds)
         for task in self._requests:

@@ -1,74 +1,61 @@
-"""Serving the application with Hypercorn: sockets, TLS, start and stop."""
+"""Serving the application with Hypercorn: TLS, start and stop."""
 
 import asyncio
 import gc
 import logging
+import os
 import resource
 import signal
 import socket
 import ssl
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, Final, NamedTuple
+from functools import partial
+from typing import Any, Final
 
 import hypercorn.asyncio
 import uvloop
 from hypercorn.config import Config
 from hypercorn.utils import LifespanFailureError
 
-from chatterd import connection, settings
+from chatterd import settings
+from chatterd.connection import Connections
 from chatterd.edge import Edge
 from chatterd.lifespan import StartError
+from chatterd.listener import BACKLOG, Address, Listener
+from chatterd.notify import notify, watchdog_seconds
 
 logger = logging.getLogger(__name__)
 
-# Ctrl-C stops everything within 3 seconds; the embedded database needs its part of them.
-_GRACE_SECONDS: Final = 1.5
-_STOP_SECONDS: Final = 2.2
+# Requests whose client has left, or that have been ended, get a moment for it.
+_CUT_SECONDS: Final = 0.3
+# What the application may take to close, when all connections are. Whatever is posted is stored by
+# then, unless the database hangs.
+_CLOSE_SECONDS: Final = 2.0
+# What has just been accepted has become a connection after a few turns of the event loop; with TLS,
+# when both sides have shaken hands.
+_OPENING_SECONDS: Final = 0.05
+_TLS_OPENING_SECONDS: Final = 1.0
 # How long a TLS connection that we close waits for the client's own goodbye; asyncio's 30 seconds
 # would outlast the stop.
 _TLS_GOODBYE_SECONDS: Final = 0.2
-_BACKLOG: Final = 1024
+# Longer than proxies keep connections to us, for 60 seconds: one that we close a moment before a
+# request comes on it costs the request.
+_KEEP_ALIVE_SECONDS: Final = 75
 _PING_SECONDS: Final = 20.0
 # Objects made and not yet freed, after which Python looks for garbage; its own default is 700.
 _GARBAGE_THRESHOLD: Final = 20_000
 
 
-class Address(NamedTuple):
-    """Where to listen. Port 0 takes a free one. TLS where both files are given."""
-
-    host: str
-    port: int
-    certfile: Path | None = None
-    keyfile: Path | None = None
-
-
-def listen(address: Address) -> socket.socket:
-    """Return a socket that listens at `address`; raises `StartError` where that is impossible."""
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    try:
-        return socket.create_server((address.host, address.port), family=family, backlog=_BACKLOG)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StartError(
-            f"Cannot listen on {address.host} port {address.port}: {reason}."
-        ) from error
-
-
-def url_of(listener: socket.socket, address: Address) -> str:
-    """Return the URL under which `listener` answers."""
-    host, port = listener.getsockname()[:2]
-    scheme = "https" if address.certfile else "http"
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-
-
-def run(app: Edge, listener: socket.socket, address: Address, on_ready: Callable[[], None]) -> None:
-    """Run `serve` in an event loop of its own."""
+def run(app: Edge, listener: Listener, on_ready: Callable[[], None]) -> None:
+    """Run `serve` in an event loop of its own. Exits as a shell reports it when cut short."""
     _allow_descriptors()
     with asyncio.Runner(loop_factory=_Loop) as runner:
-        runner.run(serve(app, listener, address, on_ready))
+        signum = runner.run(serve(app, listener, on_ready))
+    if signum:
+        sys.exit(128 + signum)
 
 
 def _allow_descriptors() -> None:
@@ -79,33 +66,79 @@ def _allow_descriptors() -> None:
 
 
 class _Loop(uvloop.Loop):
-    """Says to a TLS server what Hypercorn has no setting for.
+    """Says to a server what Hypercorn has no setting for, and lets it stop before its connections.
 
     uvloop, and not asyncio's own: a small request takes 4 to 9 % less time.
     """
 
     async def create_server(self, *args: Any, **options: Any) -> asyncio.Server:  # noqa: ANN401 - asyncio's signature
+        """Begin to accept connections on the socket `sock` of the options."""
         if options.get("ssl"):
             options.setdefault("ssl_shutdown_timeout", _TLS_GOODBYE_SECONDS)
-        return await super().create_server(*args, **options)  # type: ignore[return-value] # has all of its methods
+        if options["sock"].family == socket.AF_UNIX:
+            server = await super().create_unix_server(args[0], **options)
+        else:
+            server = await super().create_server(args[0], **options)
+        how = {name: value for name, value in options.items() if name.startswith("ssl")}
+        self._server, self._adopt = server, partial(self.connect_accepted_socket, args[0], **how)
+        return server  # type: ignore[return-value] # has all of its methods
+
+    def stop_accepting(self, listener: Listener) -> None:
+        """Accept those who have connected, and nobody after them."""
+        self._server.close()
+        listener.refuse()
+        listener.socket.setblocking(False)
+        accepted = []
+        with suppress(OSError):  # that was the last one
+            # At a port, or where others accept, too, more may come all the time.
+            for _ in range(BACKLOG):
+                accepted.append(listener.socket.accept()[0])  # noqa: PERF401 - what came before the error counts
+        listener.close()
+        # One who has left, or shakes no hands, is no fault.
+        self._adopted = asyncio.gather(*map(self._adopt, accepted), return_exceptions=True)
 
 
-async def serve(
-    app: Edge, listener: socket.socket, address: Address, on_ready: Callable[[], None]
-) -> None:
-    """Serve `app` until SIGINT or SIGTERM; `on_ready` is called when requests will be answered.
+class _Stop:
+    """The signals that have come: the first asks to stop, the second to stop at once."""
 
-    Requests under way get a moment to finish. Raises whatever the application's lifespan raises
-    at start.
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.asked = asyncio.Event()
+        self.hurried = asyncio.Event()
+        self.hurried_by = 0
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # nohup has SIGHUP ignored. Shells do so with SIGINT for what is in the background.
+            if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
+                loop.add_signal_handler(signum, self._take, signum)
+
+    def _take(self, signum: int) -> None:
+        if self.asked.is_set():
+            self.hurried_by = signum
+            self.hurried.set()
+        self.asked.set()
+
+
+async def serve(app: Edge, listener: Listener, on_ready: Callable[[], None]) -> int:
+    """Serve `app` until SIGINT, SIGTERM or SIGHUP; `on_ready` is called when it answers.
+
+    Then nobody new is accepted, and what is under way gets SHUTDOWN_TIMEOUT to finish, unless a
+    second signal comes: it is returned, else 0. Raises what the application's lifespan raises at
+    start.
     """
-    stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+    assert isinstance(loop, _Loop)
     loop.set_exception_handler(_log_loop_error)
-    for name in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(name, stopping.set)
+    stop = _Stop(loop)
+    connections = Connections()
+    connections.install()
+    away = asyncio.Event()  # set while no connection is looked after
+    away.set()
+    _begin_pings(loop)
+    if listener.address.fd is not None:
+        _stop_with_supervisor(loop, stop.asked)
 
     async def until_stopped() -> None:
         """Begin when Hypercorn listens; it stops when this returns."""
+        away.clear()
         # What has been imported stays; looking through it for garbage again and again would take
         # a third of the application's own time. A request leaves little garbage in cycles: it
         # need not be looked for after every few of them.
@@ -113,21 +146,68 @@ async def serve(
         gc.freeze()
         gc.set_threshold(_GARBAGE_THRESHOLD)
         on_ready()
-        await stopping.wait()
-        await app.finish_requests(_GRACE_SECONDS)
+        notify("READY=1")
+        await stop.asked.wait()
+        notify("STOPPING=1")
+        app.stopping.set()
+        connections.draining.set()
+        loop.stop_accepting(listener)
+        await asyncio.sleep(_TLS_OPENING_SECONDS if listener.address.certfile else _OPENING_SECONDS)
+        await _first(
+            connections.none_open(), stop.hurried.wait(), seconds=settings.SHUTDOWN_TIMEOUT
+        )
+        await app.finish_requests(_CUT_SECONDS)
+        await _first(connections.none_open(), seconds=_CUT_SECONDS)
+        connections.abort()
+        away.set()
 
-    connection.install()
-    config = _config(listener, address)
     server = asyncio.create_task(
-        hypercorn.asyncio.serve(app, config, shutdown_trigger=until_stopped)  # type: ignore[arg-type] # its own ASGI types
+        hypercorn.asyncio.serve(app, _config(listener), shutdown_trigger=until_stopped)  # type: ignore[arg-type] # its own ASGI types
     )
-    stopped = asyncio.create_task(stopping.wait())
-    await asyncio.wait({server, stopped}, return_when=asyncio.FIRST_COMPLETED)
-    # A client that neither reads nor leaves can keep Hypercorn waiting for ever.
-    _, late = await asyncio.wait({server}, timeout=_STOP_SECONDS)
-    for task in (stopped, *late):
+    await _first(_end(server), stop.asked.wait())
+    await _first(_end(server), away.wait())
+    # A database that hangs can keep Hypercorn waiting for the lifespan.
+    _, late = await asyncio.wait({server}, timeout=_CLOSE_SECONDS)
+    for task in late:
         task.cancel()
-    await _outcome(server, was_stopped=stopping.is_set())
+    await _outcome(server, was_stopped=stop.asked.is_set())
+    return stop.hurried_by
+
+
+async def _first(*waits: Coroutine[Any, Any, object], seconds: float | None = None) -> None:
+    """Wait until one of them ends, at most for so many seconds."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Wait for the end of a task, which is neither cancelled nor asked for its outcome."""
+    await asyncio.wait({task})
+
+
+def _begin_pings(loop: asyncio.AbstractEventLoop) -> None:
+    """Say from time to time that the event loop turns, where whoever started us asks for it."""
+    seconds = watchdog_seconds()
+    if seconds is None:
+        return
+
+    def ping() -> None:
+        notify("WATCHDOG=1")
+        loop.call_later(seconds / 2, ping)
+
+    ping()
+
+
+def _stop_with_supervisor(loop: asyncio.AbstractEventLoop, asked: asyncio.Event) -> None:
+    """Stop when the supervisor is gone, which holds the other end of the standard input."""
+
+    def stop() -> None:
+        loop.remove_reader(0)
+        asked.set()
+
+    loop.add_reader(0, stop)
 
 
 async def _outcome(server: asyncio.Task[None], *, was_stopped: bool) -> None:
@@ -172,9 +252,11 @@ class _Config(Config):
         return self._date[1]
 
 
-def _config(listener: socket.socket, address: Address) -> Config:
+def _config(listener: Listener) -> Config:
+    address = listener.address
     config = _Config()
-    config.bind = [f"fd://{listener.detach()}"]  # Hypercorn's from here on
+    # A descriptor of Hypercorn's own: ours listens on for a moment when that is closed.
+    config.bind = [f"fd://{os.dup(listener.socket.fileno())}"]
     # Through our own handler, and only once.
     config.errorlog = logging.getLogger("hypercorn.error")
     config.errorlog.setLevel(logging.WARNING)  # the start is announced in our own words
@@ -186,8 +268,9 @@ def _config(listener: socket.socket, address: Address) -> Config:
     config.websocket_ping_interval = _PING_SECONDS
     config.include_server_header = False
     config.graceful_timeout = 0.5  # requests had their time before
-    # Also the time a request's head may take.
-    config.keep_alive_timeout = 5
+    config.keep_alive_timeout = _KEEP_ALIVE_SECONDS
+    # Past it, Hypercorn ends a connection of HTTP/2 with the requests that are under way on it.
+    config.keep_alive_max_requests = sys.maxsize
     if address.certfile:
         config.certfile = str(address.certfile)
         config.keyfile = str(address.keyfile)

@@ -11,6 +11,7 @@ import sys
 
 from chatterd import server, settings
 from chatterd.app import create_app
+from chatterd.listener import Address, Listener
 
 
 def main() -> None:
@@ -28,15 +29,15 @@ def main() -> None:
 
 
 def _serve() -> None:
-    address = server.Address("127.0.0.1", 0)
-    with server.listen(address) as listener:
-        url = server.url_of(listener, address)
+    address = Address("127.0.0.1", 0)
+    with Listener(address) as listener:
+        url = listener.url
 
         def announce() -> None:
             sys.stdout.write(f"{os.getpid()} {url}\n")
             sys.stdout.flush()
 
-        server.run(create_app(settings.DATABASE_URL), listener, address, announce)
+        server.run(create_app(settings.DATABASE_URL), listener, announce)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import asyncio
 import json
 import signal
 import time
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import anyio
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 STREAMS, POLLS, WEBSOCKETS = 100, 5, 5
 STOP_SECONDS = 3
+PATIENCE_SECONDS = 5
 SMALL_BUFFER = 4096
 LONG_MESSAGES = """
     INSERT INTO chatts (name, message)
@@ -83,14 +84,10 @@ class Audience:
     def __init__(self, server: Server, group: asyncio.TaskGroup) -> None:
         self._url = server.url
         self.waiting = 0
-        self.stopping = asyncio.Event()
-        """Set when the first stream ends."""
         start = group.create_task
         self.streams = [start(self._stream()) for _ in range(STREAMS)]
         self.polls = [start(self._poll()) for _ in range(POLLS)]
         self.websockets = [start(self._websocket()) for _ in range(WEBSOCKETS)]
-        self.posted = start(self._post())
-        self.uploaded = start(self._upload())
 
     async def _stream(self) -> list[int]:
         """Return what the stream said of when to come again, at its proper end."""
@@ -102,7 +99,6 @@ class Audience:
             await anext(batches)
             self.waiting += 1
             assert [batch async for batch in batches] == []
-        self.stopping.set()
         return blocks.retries
 
     async def _poll(self) -> Answer:
@@ -118,6 +114,39 @@ class Audience:
             self.waiting += 1
             async with aclosing(frames(line, connection)) as received:
                 assert [frame async for frame in received] == []
+
+
+async def test_a_server_that_stops_lets_go_of_everybody_properly_and_in_time(
+    own_database: str, start_server: StartServer
+) -> None:
+    server = start_server(DATABASE_URL=own_database)
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        audience = Audience(server, group)
+        await until(lambda: audience.waiting == STREAMS + POLLS + WEBSOCKETS)
+        started = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        status = await asyncio.to_thread(server.wait)
+        seconds = time.monotonic() - started
+    assert status == 0, server.log
+    assert seconds < STOP_SECONDS
+    for task in audience.streams:
+        first, last = task.result()
+        assert first == 2_000
+        assert last > 0
+    for poll in audience.polls:
+        assert poll.result().status in {200, 503}, poll.result()
+    assert "Traceback" not in server.log, server.log
+
+
+class InTwo:
+    """A post and an upload, the rest of which comes when the server has been told to stop."""
+
+    def __init__(self, server: Server, group: asyncio.TaskGroup) -> None:
+        self._url = server.url
+        self.waiting = 0
+        self.stopping = asyncio.Event()
+        self.posted = group.create_task(self._post())
+        self.uploaded = group.create_task(self._upload())
 
     async def _post(self) -> Answer:
         body = json.dumps({"name": "ann", "message": "under way"}).encode()
@@ -138,34 +167,39 @@ class Audience:
             return await line.whole(body[at:])
 
 
-async def test_a_server_that_stops_lets_go_of_everybody_properly_and_in_time(
+async def test_what_is_under_way_gets_its_answer_beside_clients_that_do_not_read(
     own_database: str, psql: Connection, start_server: StartServer
 ) -> None:
-    server = start_server(DATABASE_URL=own_database)
+    server = start_server(DATABASE_URL=own_database, SHUTDOWN_TIMEOUT=str(PATIENCE_SECONDS))
     async with AsyncExitStack() as stack:
         for follow in (stream, websocket):
             await stack.enter_async_context(unread(server, follow))
         await psql.execute(LONG_MESSAGES, 1, 2_000)
         async with asyncio.timeout(30), asyncio.TaskGroup() as group:
-            audience = Audience(server, group)
-            await until(lambda: audience.waiting == STREAMS + POLLS + WEBSOCKETS + 2)
+            requests = InTwo(server, group)
+            await until(lambda: requests.waiting == 2)
             started = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
+            await until_refused(server)
+            requests.stopping.set()
             status = await asyncio.to_thread(server.wait)
             seconds = time.monotonic() - started
     assert status == 0, server.log
-    assert seconds < STOP_SECONDS
-    for task in audience.streams:
-        first, last = task.result()
-        assert first == 2_000
-        assert last > 0
-    for poll in audience.polls:
-        assert poll.result().status in {200, 503}, poll.result()
-    assert audience.posted.result().status == 201
-    assert audience.uploaded.result().status == 200
+    assert seconds < PATIENCE_SECONDS + STOP_SECONDS
+    for request, status in (requests.posted, 201), (requests.uploaded, 200):
+        assert request.result().status == status
+        assert request.result().headers["connection"] == "close"
     assert "Traceback" not in server.log, server.log
     rows = await psql.fetch("SELECT image FROM chatts WHERE message = 'under way'")
     assert sorted(row["image"] is not None for row in rows) == [False, True]
+
+
+async def until_refused(server: Server) -> None:
+    """Wait until nobody can connect any more."""
+    with anyio.fail_after(20), suppress(ConnectionError):
+        while True:
+            async with connect(server.url):
+                pass
 
 
 @asynccontextmanager

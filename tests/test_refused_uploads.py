@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 UPLOADS = 50
 UPLOAD_SIZE = 50 * 2**20
 AT_ONCE = 10
-# Longer than Hypercorn keeps an idle connection whose client has left, which is 5 seconds.
 DEADLINE_SECONDS = 30
 # The allocator's, not ours: one upload that stays costs about a MiB, so fifty cost fifty.
 MEMORY_SLACK = 12 * 2**20

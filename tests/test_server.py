@@ -50,8 +50,9 @@ if TYPE_CHECKING:
     Situation: TypeAlias = Callable[[Server, FakeOllama], AbstractAsyncContextManager[None]]
 
 ROOT = Path(__file__).parent.parent
-# Ctrl-C stops everything within this time.
+# Ctrl-C stops everything within this time, where clients end what they do, or get no time for it.
 STOP_SECONDS = 3
+SHUTDOWN_TIMEOUT = 30  # the default
 PASSWORD = "geheim"  # noqa: S105 - of databases that ask for none, or that refuse it
 BIG_FILE = "big.mp4"
 
@@ -342,7 +343,9 @@ def assert_stops(server: Server, signum: int) -> None:
 async def test_a_signal_stops_the_server_within_three_seconds(
     start_server: StartServer, ollama: FakeOllama, situation: Situation, signum: int
 ) -> None:
-    server = start_server(OLLAMA_URL=ollama.url)
+    # Nobody has anything under way; the others go on for ever, and get a second for it.
+    settings = {} if situation in {idle, a_kept_connection} else {"SHUTDOWN_TIMEOUT": "1"}
+    server = start_server(OLLAMA_URL=ollama.url, **settings)
     async with situation(server, ollama):
         assert_stops(server, signum)
     assert "Traceback" not in server.log
@@ -355,7 +358,7 @@ async def test_a_signal_stops_the_server_within_three_seconds(
 async def test_a_signal_stops_the_embedded_database_too_and_leaves_nothing_locked(
     open_path: Path, ollama: FakeOllama, situation: Situation, signum: int
 ) -> None:
-    with Server(open_path, OLLAMA_URL=ollama.url) as server:
+    with Server(open_path, OLLAMA_URL=ollama.url, SHUTDOWN_TIMEOUT="0") as server:
         async with situation(server, ollama):
             assert_stops(server, signum)
     assert running(open_path / "var") == []
@@ -364,11 +367,36 @@ async def test_a_signal_stops_the_embedded_database_too_and_leaves_nothing_locke
         assert server.stop() == 0
 
 
-def test_a_second_signal_does_not_break_the_stop(open_path: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+async def test_a_second_signal_stops_at_once_and_breaks_nothing(
+    open_path: Path, ollama: FakeOllama, signum: int
+) -> None:
+    with Server(open_path, OLLAMA_URL=ollama.url) as server:
+        async with everything(server, ollama):
+            server.process.send_signal(signum)
+            await until(lambda: not accepts(server))
+            started = time.monotonic()
+            server.process.send_signal(signum)
+            assert server.wait() == 128 + signum
+            assert time.monotonic() - started < SHUTDOWN_TIMEOUT / 3
+        assert "Traceback" not in server.log
+    assert running(open_path / "var") == []
+
+
+def accepts(server: Server) -> bool:
+    host, port = server.url.removeprefix("http://").split(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=30).close()
+    except ConnectionError:
+        return False
+    return True
+
+
+def test_many_signals_do_not_break_the_stop(open_path: Path) -> None:
     with Server(open_path) as server:
         for _ in range(5):
             server.process.send_signal(signal.SIGINT)
-        assert server.wait() == 0
+        assert server.wait() in {0, 130}  # several that come together may be taken for one
         assert "Traceback" not in server.log
     assert running(open_path / "var") == []
 
@@ -462,17 +490,8 @@ def test_the_connection_of_a_client_that_has_left_is_given_back_at_once(
         assert connections(server) == 1
     left = time.monotonic()
     wait_until(lambda: connections(server) == 0)
-    # Not only when an idle connection is closed, after 5 seconds.
+    # Not only when an idle connection is closed.
     assert time.monotonic() - left < 3
-
-
-def test_an_idle_connection_is_closed_after_a_few_seconds(start_server: StartServer) -> None:
-    server = start_server()
-    with answered_connection(server) as client:
-        begin = time.monotonic()
-        while client.recv(65_536):
-            pass
-        assert 4 < time.monotonic() - begin < 15
 
 
 # --- Kill

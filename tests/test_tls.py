@@ -258,7 +258,7 @@ async def test_a_signal_stops_the_server_within_three_seconds(  # noqa: PLR0913,
     situation: Situation,
     http2: bool,  # noqa: FBT001 - a parameter of the table
 ) -> None:
-    server = start_server(*tls_options, OLLAMA_URL=ollama.url)
+    server = start_server(*tls_options, OLLAMA_URL=ollama.url, SHUTDOWN_TIMEOUT="1")
     async with httpx2.AsyncClient(
         base_url=server.url, verify=trusting, http2=http2, timeout=30
     ) as client:

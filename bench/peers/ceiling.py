@@ -22,15 +22,16 @@ from starlette.types import Receive, Scope, Send
 
 from chatterd import server
 from chatterd.edge import Edge
+from chatterd.listener import Address, Listener
 
 
 def main() -> None:
     """Serve until SIGTERM."""
     port, file = sys.argv[1:]
-    address = server.Address("127.0.0.1", int(port))
+    address = Address("127.0.0.1", int(port))
     app = _Bare(_constants(Path(file).read_bytes()), ("*",), asyncio.Event())
-    with server.listen(address) as listener:
-        server.run(app, listener, address, lambda: None)
+    with Listener(address) as listener:
+        server.run(app, listener, lambda: None)
 
 
 class _Bare(Edge):
