@@ -414,7 +414,7 @@ location ~ "^@PATTERN@/metrics(?:/(?<chatterd_instance>[0-9]+))?/?$" {
 }
 
 # Files that are named by their digest. The tag is its first half, whatever the file's date.
-location ~ "^@PATTERN@/media/(?<chatterd_key>(?<chatterd_tag>[0-9a-f]{32})[0-9a-f]{32}\.(?:@EXTENSIONS@))$" {
+location ~ "^@PATTERN@/media/(?<chatterd_key>(?<chatterd_tag>[0-9a-f]{32})[0-9a-f]{32}\.(?:@EXTENSIONS@))\z" {
     # What Nginx does not find, may not read or has another rule for, the server answers.
     error_page 403 404 418 = @chatterd;
     error_page 413 500 @problem;
