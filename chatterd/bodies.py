@@ -38,8 +38,10 @@ _SLOWEST_BYTES: Final = 1024
 # The server hands over 64 KiB at once. More in memory would be more than 1 MiB for an upload, with
 # what the server keeps.
 _WRITE_SIZE: Final = 60 * 1024
-# Two files, three texts, and room for the headers of the parts.
-_FORM_MAX_SIZE: Final = len(SLOTS) * settings.MEDIA_MAX_SIZE + 4 * settings.JSON_MAX_SIZE
+FORM_MAX_SIZE: Final = len(SLOTS) * settings.MEDIA_MAX_SIZE + 4 * settings.JSON_MAX_SIZE
+"""Bytes of a form: two files, three texts, and room for the headers of the parts."""
+PROMPT_MAX_SIZE: Final = settings.MEDIA_MAX_SIZE
+"""Bytes of a prompt, which may hold pictures."""
 _TEXT_FIELDS: Final = {"name": "name", "username": "name", "message": "message"}
 _ACCEPTED: Final = {
     "image": "a JPEG, PNG, GIF, WebP or HEIC picture",
@@ -86,7 +88,7 @@ async def received_bytes(headers: Headers, receive: Receive, limit: int) -> byte
         chunks.append(message.get("body", b""))
         size += len(chunks[-1])
         if size > limit:
-            raise _too_large(limit)
+            raise too_large(limit)
         more = message.get("more_body", False)
     return b"".join(chunks)
 
@@ -126,7 +128,7 @@ async def received_form(
     with media.uploading():
         receiver = _FormReceiver(headers, media)
         try:
-            await receiver.receive(_limited(headers, _in_time(stream), _FORM_MAX_SIZE))
+            await receiver.receive(_limited(headers, _in_time(stream), FORM_MAX_SIZE))
             yield receiver.form
         finally:
             # Must finish although the request may be being cancelled.
@@ -156,7 +158,8 @@ def _too_slow(seconds: float) -> Problem:
     return Problem("request-timeout", f"The body took longer than {seconds:.0f} s to arrive.")
 
 
-def _too_large(limit: int) -> Problem:
+def too_large(limit: int | str) -> Problem:
+    """Return what is said of a body that is larger than `limit` bytes."""
     return Problem("body-too-large", f"The body is larger than the limit of {limit} bytes.")
 
 
@@ -164,7 +167,7 @@ def _limit_declared(headers: Headers, limit: int) -> None:
     declared = headers.get("content-length", "0")
     # A number of a hundred digits is too large without being computed.
     if len(declared) > 20 or int(declared) > limit:
-        raise _too_large(limit)
+        raise too_large(limit)
 
 
 async def _limited(
@@ -176,7 +179,7 @@ async def _limited(
     async for chunk in stream:
         size += len(chunk)
         if size > limit:
-            raise _too_large(limit)
+            raise too_large(limit)
         yield chunk
 
 

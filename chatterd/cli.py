@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ examples:
   DATABASE_URL=postgresql://me@localhost/chatter chatterd migrate
   chatterd media doctor                     are all pictures and videos there, and whole?
   chatterd media sweep --delete             remove what no chatt names any more
+  chatterd nginx --server-name chatter.example > /etc/nginx/sites-enabled/chatterd
 """
 
 _DOCTOR: Final = """\
@@ -57,6 +59,13 @@ whether they are still what was uploaded. The exit status is 1 when something is
   missing      named by a chatt and not there; bytes as far as they are known
 
 The total is everything but the missing, as du counts apparent sizes.
+"""
+
+
+_NGINX: Final = """\
+Print the configuration of an Nginx in front of the server, with the limits, the media folder and
+the path of the settings: one file that belongs into Nginx's http block. deploy/nginx has the same
+for the default settings.
 """
 
 
@@ -82,11 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from chatterd.database import SchemaError, StatementError  # noqa: PLC0415
     from chatterd.embedded_home import EmbeddedPostgresError  # noqa: PLC0415
     from chatterd.lifespan import StartError  # noqa: PLC0415
+    from chatterd.nginx import NginxError  # noqa: PLC0415
 
     database_errors = (SchemaError, StatementError, EmbeddedPostgresError)
     try:
         options.run(options)
-    except (StartError, MediaError, *database_errors) as error:
+    except (StartError, MediaError, NginxError, *database_errors) as error:
         sys.exit(f"chatterd: {error}")
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports SIGINT
@@ -141,7 +151,41 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     _add_media_commands(media.add_subparsers(title="commands", required=True, metavar="COMMAND"))
+
+    _add_nginx(commands)
     return parser
+
+
+def _add_nginx(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    nginx = commands.add_parser(
+        "nginx",
+        help="print a configuration for Nginx",
+        description=_NGINX,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    nginx.add_argument(
+        "--server-name",
+        action="append",
+        metavar="NAME",
+        help="host name of the site, once for each (default: that of PUBLIC_URL, or ALLOWED_HOSTS)",
+    )
+    nginx.add_argument(
+        "--upstream",
+        action="append",
+        type=_upstream,
+        metavar="ADDRESS",
+        help="where an instance listens, once for each: unix:/path/of/socket or host:port (default:"
+        " unix:/run/chatterd/1.sock and unix:/run/chatterd/2.sock)",
+    )
+    nginx.add_argument(
+        "--certificate", type=Path, metavar="FILE", help="TLS certificate (PEM); without it, HTTP"
+    )
+    nginx.add_argument(
+        "--certificate-key", type=Path, metavar="FILE", help="the certificate's key (PEM)"
+    )
+    nginx.add_argument("--port", type=_port, default=443, help="port of HTTPS (default: 443)")
+    nginx.add_argument("--http-port", type=_port, default=80, help="port of HTTP (default: 80)")
+    nginx.set_defaults(run=_nginx)
 
 
 def _add_media_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -177,6 +221,12 @@ def _port(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port, which is a number from 0 to 65535")
     return int(text)
+
+
+def _upstream(text: str) -> str:
+    if not re.fullmatch(r"unix:/[\w./-]+|([\w.-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither unix:/path/of/socket nor host:port")
+    return text
 
 
 def _seconds(text: str) -> int:
@@ -240,6 +290,21 @@ def _migrate(_options: argparse.Namespace) -> None:
     else:
         database.migrate(settings.DATABASE_URL)
     sys.stdout.write(f"The schema is at revision {database.head_revision()}.\n")
+
+
+def _nginx(options: argparse.Namespace) -> None:
+    from chatterd import nginx, settings  # noqa: PLC0415 - see main
+
+    site = nginx.Site(
+        options.server_name or nginx.default_names(),
+        options.upstream or nginx.DEFAULT_UPSTREAMS,
+        settings.MEDIA_ROOT,
+        options.certificate and options.certificate.absolute(),
+        options.certificate_key and options.certificate_key.absolute(),
+        options.port,
+        options.http_port,
+    )
+    sys.stdout.write(nginx.whole(site))
 
 
 def _doctor(options: argparse.Namespace) -> None:

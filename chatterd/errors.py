@@ -17,6 +17,7 @@ from starlette.responses import Response
 logger = logging.getLogger(__name__)
 
 CATALOGUE: Final[Mapping[str, int]] = {
+    "request-malformed": 400,
     "host-not-allowed": 400,
     "name-too-long": 400,
     "message-too-long": 400,
@@ -36,6 +37,7 @@ CATALOGUE: Final[Mapping[str, int]] = {
     "image-unclean": 415,
     "video-unclean": 415,
     "image-undecodable": 415,
+    "address-too-long": 414,
     "range-not-satisfiable": 416,
     "json-invalid": 422,
     "form-invalid": 422,
@@ -56,19 +58,23 @@ CATALOGUE: Final[Mapping[str, int]] = {
     "idempotency-key-invalid": 422,
     "idempotency-key-reused": 422,
     "frame-invalid": 422,
+    "headers-too-large": 431,
     "internal-error": 500,
     "llm-unreachable": 502,
+    "bad-gateway": 502,
     "llm-busy": 503,
     "too-many-posts": 503,
     "too-many-uploads": 503,
     "too-many-subscribers": 503,
     "database-unavailable": 503,
     "not-ready": 503,
+    "gateway-timeout": 504,
     "storage-full": 507,
 }
 """Each code a problem can carry, with its status. Codes never change their meaning."""
 
 MEANINGS: Final[Mapping[str, str]] = {
+    "request-malformed": "Nginx: the request is no HTTP that it understands",
     "host-not-allowed": "the request names a host that is not in `ALLOWED_HOSTS`, or none",
     "name-too-long": "the name has more characters than `NAME_MAX_LENGTH`",
     "message-too-long": "the message has more characters than `MESSAGE_MAX_LENGTH`",
@@ -94,6 +100,7 @@ MEANINGS: Final[Mapping[str, str]] = {
     "image-unclean": "what the picture tells about place and person cannot be taken out of it",
     "video-unclean": "what the video tells about place and person cannot be taken out of it",
     "image-undecodable": "the picture is damaged, or decoding it takes too much memory or time",
+    "address-too-long": "Nginx: the address of the request is longer than it takes",
     "range-not-satisfiable": (
         "the range begins behind the file's end; `Content-Range` tells its size"
     ),
@@ -119,8 +126,10 @@ MEANINGS: Final[Mapping[str, str]] = {
     "idempotency-key-invalid": "`Idempotency-Key` is not 1 to 255 visible ASCII characters",
     "idempotency-key-reused": "`Idempotency-Key` was used for another post",
     "frame-invalid": "what came over the WebSocket is not what it takes",
+    "headers-too-large": "Nginx: the headers of the request are larger than it takes",
     "internal-error": "a fault of the server; its log has the rest",
     "llm-unreachable": "Ollama does not answer at `OLLAMA_URL`",
+    "bad-gateway": ("Nginx: no server answers behind it; `Retry-After` says when to try again"),
     "llm-busy": "too many prompts at once; `Retry-After` says when to try again",
     "too-many-posts": "too many posts wait for the database; `Retry-After` says when to try again",
     "too-many-uploads": (
@@ -133,13 +142,20 @@ MEANINGS: Final[Mapping[str, str]] = {
     ),
     "database-unavailable": "the database does not answer; `Retry-After` says when to try again",
     "not-ready": "`/readyz`: a check has failed, which `checks` names, or the server stops",
+    "gateway-timeout": "Nginx: the server behind it takes too long to answer",
     "storage-full": "there is no room for the file",
 }
 """When each code is answered."""
 
+BY_NGINX: Final = frozenset(
+    {"request-malformed", "address-too-long", "headers-too-large", "bad-gateway", "gateway-timeout"}
+)
+"""The codes that only an Nginx in front of the server answers with (deploy/nginx)."""
+
 # RFC 9110's; until 3.13, Python's phrases are those of earlier RFCs.
 _TITLES: Final = {
     413: "Content Too Large",
+    414: "URI Too Long",
     416: "Range Not Satisfiable",
     422: "Unprocessable Content",
 }

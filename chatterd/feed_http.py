@@ -40,7 +40,7 @@ async def feed_response(request: Request[Any], feed: Feed, media_url: str | None
             accept_encoding = accept_encoding + b"," + value if accept_encoding else value
     # What is sent block by block is sent as it is.
     in_memory = snapshot.older_than is None and (media_url is None or snapshot.size <= _KEPT_SIZE)
-    gzip = page is None and in_memory and _is_gzip_accepted(accept_encoding)
+    gzip = page is None and in_memory and is_gzip_accepted(accept_encoding)
     etag = etag_of(snapshot.version, media_url, query, gzip)
     headers = [
         (b"content-type", b"application/json"),
@@ -132,7 +132,8 @@ def etag_of(version: str, media_url: str | None, query: bytes, gzip: bool = Fals
 
 
 @lru_cache(256)
-def _is_gzip_accepted(accept_encoding: bytes) -> bool:
+def is_gzip_accepted(accept_encoding: bytes) -> bool:
+    """Tell whether the client takes what is compressed (RFC 9110 §12.5.3)."""
     return parse_accept_header(accept_encoding.decode("latin-1"))["gzip"] > 0
 
 

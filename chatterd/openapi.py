@@ -50,7 +50,7 @@ _PROBLEM_HEADERS: Final = {
 
 _PAGE_PARAMETERS: Final = ("limit", "before", "after", "If-None-Match")
 _FEED_HEADERS: Final = ("ETag", "Cache-Control", "Vary")
-_STATIC_HEADERS: Final = ("ETag", "Cache-Control")
+_STATIC_HEADERS: Final = ("ETag", "Cache-Control", "Vary")
 _WEB_HEADERS: Final = (
     *_STATIC_HEADERS,
     *("Content-Security-Policy", "X-Content-Type-Options", "Referrer-Policy"),
@@ -191,7 +191,7 @@ def _static(
         curl,
         parameters=[*parameters, "If-None-Match"],
         answers={
-            "200": _answer("It.", headers, content),
+            "200": _answer("It.", (*headers, "Content-Encoding?"), content),
             "304": _answer("It is still what the client has.", headers),
         },
         codes=codes,

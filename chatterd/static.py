@@ -1,5 +1,6 @@
 """Answers that stay the same while the server runs."""
 
+import gzip
 import hashlib
 from collections.abc import Mapping
 from typing import Any, Final
@@ -7,7 +8,7 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chatterd.feed_http import PartsResponse, is_match
+from chatterd.feed_http import PartsResponse, is_gzip_accepted, is_match
 
 PAGE_HEADERS: Final = {
     "x-content-type-options": "nosniff",
@@ -21,23 +22,37 @@ PAGE_HEADERS: Final = {
 
 
 class Static:
-    """A body with its headers, and an ETag of its own."""
+    """A body with its headers, as it is and compressed, each with an ETag of its own."""
 
     def __init__(
         self, body: bytes, content_type: str, headers: Mapping[str, str] | None = None
     ) -> None:
-        self._body = body
-        self._etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'.encode()
         self._headers = [
             (b"content-type", content_type.encode()),
-            (b"etag", self._etag),
             (b"cache-control", b"no-cache"),
+            (b"vary", b"Accept-Encoding"),
             *((name.encode(), value.encode()) for name, value in (headers or {}).items()),
         ]
+        self._plain = body, _etag_of(body), self._headers
+        # Here and not in a proxy: that would make weak tags of strong ones.
+        gzipped = gzip.compress(body, mtime=0)  # without the time, every process has the same tag
+        encoding = (b"content-encoding", b"gzip")
+        self._gzipped = gzipped, _etag_of(gzipped), [*self._headers, encoding]
 
     def response(self, request: Request[Any]) -> Response:
         """Answer the body, or 304 to who has it."""
-        if_none_match = ",".join(request.headers.getlist("if-none-match")).encode("latin-1")
-        if if_none_match and is_match(if_none_match, self._etag):
-            return PartsResponse(304, self._headers[1:], [b""])
-        return PartsResponse(200, list(self._headers), [self._body])
+        accepted = _joined(request, "accept-encoding")
+        body, etag, headers = self._gzipped if is_gzip_accepted(accepted) else self._plain
+        if_none_match = _joined(request, "if-none-match")
+        if if_none_match and is_match(if_none_match, etag):
+            return PartsResponse(304, [(b"etag", etag), *self._headers[1:]], [b""])
+        return PartsResponse(200, [(b"etag", etag), *headers], [body])
+
+
+def _etag_of(body: bytes) -> bytes:
+    return f'"{hashlib.sha256(body).hexdigest()[:32]}"'.encode()
+
+
+def _joined(request: Request[Any], name: str) -> bytes:
+    """Return a field that may come in several lines (RFC 9110 §5.3)."""
+    return ",".join(request.headers.getlist(name)).encode("latin-1")

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from chatterd import docs_page, openapi, settings
-from chatterd.bodies import received_bytes, received_form
+from chatterd.bodies import PROMPT_MAX_SIZE, received_bytes, received_form
 from chatterd.chatts import encoded_new, media_url_of
 from chatterd.chatts_http import chatt_response, deleted, page_response
 from chatterd.feed_http import PartsResponse, feed_response
@@ -197,8 +197,7 @@ class LLMPrompt(Endpoint):
 
     async def post(self, request: Request[State]) -> Response:
         """Pass the body to Ollama, and its answer back line by line as it arrives."""
-        limit = settings.MEDIA_MAX_SIZE  # prompts may hold pictures
-        prompt = await received_bytes(request.headers, request.receive, limit)
+        prompt = await received_bytes(request.headers, request.receive, PROMPT_MAX_SIZE)
         return LLMResponse(request.state["llm"], prompt)
 
 

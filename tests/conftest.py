@@ -20,6 +20,7 @@ from sqlalchemy.engine import URL, make_url
 
 from chatterd.database import migrate
 from chatterd.embedded import postgres
+from tests.nginx import Certificate, Nginx
 from tests.ollama import FakeOllama
 from tests.process import Cluster, Server, open_folder
 
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
     from tests.multipart import Connection
 
 StartServer: TypeAlias = Callable[..., Server]
+
+# What stands in front of the shared server: nothing, or an Nginx that is spoken to over TLS, in
+# HTTP/1.1 (nginx) or HTTP/2 (nginx-h2).
+THROUGH = os.environ.get("TEST_THROUGH", "")
+assert THROUGH in {"", "nginx", "nginx-h2"}, THROUGH
 
 # A shell starts what it puts into the background with SIGINT ignored, and so would be the servers
 # started here, which are to be stopped by it.
@@ -156,7 +162,7 @@ async def database_away(url: str, postgres_url: URL) -> AsyncIterator[None]:
 
 
 def client_of(server: multipart.Server) -> httpx2.AsyncClient:
-    return httpx2.AsyncClient(base_url=server.url, timeout=60)
+    return httpx2.AsyncClient(base_url=server.url, timeout=60, http2=THROUGH == "nginx-h2")
 
 
 @pytest.fixture
@@ -178,10 +184,28 @@ def server(
 ) -> Iterator[Server]:
     """The server that tests share; it must still be there, and stop cleanly, after them all."""
     folder = tmp_path_factory.mktemp("server")
-    with Server(folder, DATABASE_URL=database_url, OLLAMA_URL=ollama.url) as server:
+    settings = {"DATABASE_URL": database_url, "OLLAMA_URL": ollama.url}
+    with Server(folder, TRUSTED_PROXIES="127.0.0.1", **settings) as server, ExitStack() as stack:
+        if THROUGH:
+            stack.enter_context(_through_nginx(server, tmp_path_factory.mktemp("nginx")))
         yield server
+        stack.close()
         assert server.stop() == 0, server.log
         assert "Traceback" not in server.log, server.log
+
+
+@contextmanager
+def _through_nginx(server: Server, folder: Path) -> Iterator[None]:
+    """Have the server's URL be that of an Nginx in front of it, whose certificate all trust."""
+    certificate = Certificate(folder)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        Nginx(folder, server.url, certificate=certificate, MEDIA_ROOT=str(server.media)) as nginx,
+    ):
+        # OpenSSL reads it, and so does every client here.
+        patch.setenv("SSL_CERT_FILE", str(certificate.authority))
+        patch.setattr(server, "url", nginx.url)
+        yield
 
 
 @pytest.fixture

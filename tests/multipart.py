@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import anyio
 from anyio.streams.buffered import BufferedByteReceiveStream
+from anyio.streams.tls import TLSStream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     import asyncpg
-    from anyio.abc import SocketStream
+    from anyio.abc import ByteStream
 
     Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
 
@@ -184,7 +185,7 @@ class Answer(NamedTuple):
 class Wire:
     """A connection on which a request can be sent in pieces, wrongly, or not to its end."""
 
-    def __init__(self, stream: SocketStream, host: str) -> None:
+    def __init__(self, stream: ByteStream, host: str) -> None:
         self._stream = stream
         self._reader = BufferedByteReceiveStream(stream)
         self.host = host
@@ -263,5 +264,8 @@ async def connect(url: str) -> AsyncIterator[Wire]:
     address = urlsplit(url)
     assert address.hostname
     assert address.port
-    async with await anyio.connect_tcp(address.hostname, address.port) as stream:
+    stream: ByteStream = await anyio.connect_tcp(address.hostname, address.port)
+    if address.scheme == "https":
+        stream = await TLSStream.wrap(stream, hostname=address.hostname, standard_compatible=False)
+    async with stream:
         yield Wire(stream, address.netloc)

@@ -102,7 +102,7 @@ async def test_urls_are_of_the_host_that_the_reader_asked(
     (row,) = (await client.get("/getimages", headers={"Host": host})).json()
     stored = await database.fetchrow("SELECT image, video FROM chatts")
     assert stored is not None
-    assert row[4:] == [f"http://{host}/media/{key}" for key in stored]
+    assert row[4:] == [f"{client.base_url.scheme}://{host}/media/{key}" for key in stored]
 
 
 async def test_a_url_is_never_stored(client: httpx2.AsyncClient, database: Connection) -> None:

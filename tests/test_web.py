@@ -688,13 +688,38 @@ async def test_each_file_of_the_page_is_checked_for_changes_and_holds_to_the_pol
     )
     head = await client.head(path)
     assert (head.status_code, head.content) == (200, b"")
-    assert head.headers["content-length"] == str(len(answer.content))
+    assert head.headers["content-length"] == answer.headers["content-length"]
     again = await client.get(path, headers={"If-None-Match": answer.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
     assert again.headers["etag"] == answer.headers["etag"]
     other = await client.get(path, headers={"If-None-Match": '"other"'})
     assert other.content == answer.content
     assert other.headers["etag"] == answer.headers["etag"]
+
+
+@pytest.mark.parametrize("path", ["/", "/web/app.js", "/docs", "/openapi.json"])
+async def test_what_stays_the_same_comes_compressed_to_those_who_accept_it(
+    client: httpx2.AsyncClient, path: str
+) -> None:
+    gzipped = await client.get(path, headers={"Accept-Encoding": "gzip"})
+    plain = await client.get(path, headers={"Accept-Encoding": "identity"})
+    assert gzipped.headers["content-encoding"] == "gzip"
+    assert "content-encoding" not in plain.headers
+    assert gzipped.content == plain.content
+    assert int(gzipped.headers["content-length"]) < int(plain.headers["content-length"]) / 2
+    assert gzipped.headers["etag"] != plain.headers["etag"]
+    for answer in (gzipped, plain):
+        assert answer.headers["vary"] == "Accept-Encoding"
+        # Whose bytes they are, the tag tells: that of the other form is not this form's.
+        for other in (gzipped, plain):
+            again = await client.get(
+                path,
+                headers={
+                    "Accept-Encoding": answer.request.headers["accept-encoding"],
+                    "If-None-Match": other.headers["etag"],
+                },
+            )
+            assert again.status_code == (304 if answer is other else 200)
 
 
 @pytest.mark.parametrize("name", ["app.py", "..%2Fviews.py", "%2e%2e/views.py", "x" * 300, "INDEX"])
