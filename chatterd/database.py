@@ -1,8 +1,10 @@
 """The way to PostgreSQL: one engine and one session factory per process, made in the lifespan."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -135,6 +137,24 @@ class Database:
                 raise _refusal(error) from error
             self._note_away(_reason(error))
 
+    async def check(self, seconds: float) -> bool:
+        """Look whether it answers within `seconds`; tell whether its schema is this version's.
+
+        Not so when it is a newer one, on which requests go on being answered until the connection
+        is lost. Raises `DatabaseUnavailable`, `SchemaError` for another schema.
+        """
+        try:
+            async with asyncio.timeout(seconds), self._engine.connect() as connection:
+                current = await connection.run_sync(_current_revision)
+        except _TROUBLE as error:
+            raise self.unavailable(error, maybe_committed=False) from error
+        self.available()
+        if self._schema_is_head and current not in _revisions():
+            return False
+        _require_head(current)
+        self._schema_is_head = True
+        return True
+
     async def aclose(self) -> None:
         """Close every connection."""
         await self._engine.dispose()
@@ -144,12 +164,7 @@ class Database:
             return
         current = await connection.run_sync(_current_revision)
         await connection.rollback()
-        head = head_revision()
-        if current != head:
-            raise SchemaError(
-                f"The database's schema is at revision {current or 'none'}; this version of"
-                f" chatterd works on {head}. Run: chatterd migrate"
-            )
+        _require_head(current)
         self._schema_is_head = True
 
     def _note_away(self, reason: str) -> None:
@@ -320,6 +335,15 @@ def _current_revision(connection: Connection) -> str | None:
     return MigrationContext.configure(connection).get_current_revision()
 
 
+def _require_head(current: str | None) -> None:
+    head = head_revision()
+    if current != head:
+        raise SchemaError(
+            f"The database's schema is at revision {current or 'none'}; this version of"
+            f" chatterd works on {head}. Run: chatterd migrate"
+        )
+
+
 def alembic_config(url: URL) -> Config:
     """Return alembic's configuration for the database at `url`, wherever chatterd is installed."""
     package = Path(__file__).parent
@@ -334,7 +358,18 @@ def alembic_config(url: URL) -> Config:
 
 def head_revision() -> str | None:
     """Return the newest schema revision that this version brings."""
-    return ScriptDirectory.from_config(alembic_config(URL.create("postgresql"))).get_current_head()
+    return _scripts().get_current_head()
+
+
+@cache
+def _revisions() -> frozenset[str | None]:
+    """Return every revision that this version knows, and None for no schema."""
+    return frozenset({None, *(script.revision for script in _scripts().walk_revisions())})
+
+
+@cache  # reading the files takes longer than asking the database
+def _scripts() -> ScriptDirectory:
+    return ScriptDirectory.from_config(alembic_config(URL.create("postgresql")))
 
 
 def migrate(url: URL) -> None:
