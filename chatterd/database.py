@@ -1,8 +1,10 @@
 """The way to PostgreSQL: one engine and one session factory per process, made in the lifespan."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -137,6 +139,24 @@ class Database:
                 raise _refusal(error) from error
             self._note_away(_reason(error))
 
+    async def check(self, seconds: float) -> bool:
+        """Look whether it answers within `seconds`; tell whether its schema is this version's.
+
+        Not so when it is a newer one, on which requests go on being answered until the connection
+        is lost. Raises `DatabaseUnavailable`, `SchemaError` for another schema.
+        """
+        try:
+            async with asyncio.timeout(seconds), self._engine.connect() as connection:
+                current = await _current_revision(connection)
+        except _TROUBLE as error:
+            raise self.unavailable(error, maybe_committed=False) from error
+        self.available()
+        if self._schema_is_head and current not in {None, *_revisions()}:
+            return False
+        _require_head(current)
+        self._schema_is_head = True
+        return True
+
     async def aclose(self) -> None:
         """Close every connection."""
         await self._engine.dispose()
@@ -146,12 +166,7 @@ class Database:
             return
         current = await _current_revision(connection)
         await connection.rollback()
-        head = head_revision()
-        if current != head:
-            raise SchemaError(
-                f"The database's schema is at revision {current or 'none'}; this version of"
-                f" chatterd works on {head}. Run: chatterd migrate"
-            )
+        _require_head(current)
         self._schema_is_head = True
 
     def _note_away(self, reason: str) -> None:
@@ -325,7 +340,16 @@ async def _current_revision(connection: AsyncConnection) -> str | None:
     return revision
 
 
-def _revisions() -> Path:
+def _require_head(current: str | None) -> None:
+    head = head_revision()
+    if current != head:
+        raise SchemaError(
+            f"The database's schema is at revision {current or 'none'}; this version of"
+            f" chatterd works on {head}. Run: chatterd migrate"
+        )
+
+
+def _migrations() -> Path:
     """Return the folder of alembic's environment, wherever chatterd is installed."""
     package = Path(__file__).parent
     checkout = package.parent / "alembic"
@@ -338,18 +362,24 @@ def alembic_config(url: URL) -> "Config":
     from alembic.config import Config  # noqa: PLC0415 - see head_revision
 
     config = Config()
-    config.set_main_option("script_location", str(_revisions()).replace("%", "%%"))
+    config.set_main_option("script_location", str(_migrations()).replace("%", "%%"))
     config.attributes["url"] = url
     return config
 
 
 def head_revision() -> str:
-    """Return the newest schema revision of this version: how the last of their files is called.
+    """Return the newest schema revision that this version brings."""
+    return max(_revisions())
+
+
+@cache
+def _revisions() -> frozenset[str]:
+    """Return every revision that this version knows: how their files are called.
 
     Alembic would say the same, but loading it is a quarter of a server's start.
     """
-    names = (path.name for path in (_revisions() / "versions").glob("[0-9]*_*.py"))
-    return max(name.partition("_")[0] for name in names)
+    names = (path.name for path in (_migrations() / "versions").glob("[0-9]*_*.py"))
+    return frozenset(name.partition("_")[0] for name in names)
 
 
 def migrate(url: URL) -> None:

@@ -8,6 +8,7 @@ import errno
 import http
 import logging
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
 
 import msgspec
@@ -165,15 +166,23 @@ class Problem(Exception):  # noqa: N818 - RFC 9457 names it so
     """Raised anywhere below a view to answer with an error.
 
     `code` is one of `CATALOGUE` and decides the status; `detail` is a sentence for the person
-    who wrote the request: which field, what is wrong, what would be right.
+    who wrote the request: which field, what is wrong, what would be right. `members` are further
+    ones of its JSON (RFC 9457 §3.2).
     """
 
-    def __init__(self, code: str, detail: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        code: str,
+        detail: str,
+        headers: Mapping[str, str] | None = None,
+        members: Mapping[str, object] = MappingProxyType({}),
+    ) -> None:
         super().__init__(detail)
         self.code = code
         self.status = CATALOGUE[code]
         self.detail = detail
         self.headers = headers
+        self.members = members
 
 
 class DatabaseUnavailable(Problem):
@@ -218,6 +227,7 @@ def problem_body(problem: Problem, request_id: str) -> bytes:
         "detail": problem.detail,
         "code": problem.code,
         "request_id": request_id,
+        **problem.members,
     }
     return msgspec.json.encode(body)
 

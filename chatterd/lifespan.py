@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 from chatterd import settings
 from chatterd.database import Database
 from chatterd.feed import Feed
+from chatterd.health import Health
 from chatterd.keys import IdempotencyKeys, old_keys_forgotten
 from chatterd.live import Live
 from chatterd.media import MediaStore
@@ -40,6 +41,7 @@ class State(TypedDict):
     media: MediaStore
     keys: IdempotencyKeys
     leavings: Leavings
+    health: Health
     llm: httpx2.AsyncClient
 
 
@@ -75,6 +77,7 @@ def lifespan(
                 aclosing(media),
                 aclosing(IdempotencyKeys(database)) as keys,
                 aclosing(Leavings(database, settings.MEDIA_ROOT)) as leavings,
+                aclosing(Health(database, media, stopping)) as health,
                 _llm_client() as llm,
                 swept(database, settings.MEDIA_ROOT),
                 old_keys_forgotten(keys),
@@ -87,6 +90,7 @@ def lifespan(
                     media=media,
                     keys=keys,
                     leavings=leavings,
+                    health=health,
                     llm=llm,
                 )
         finally:

@@ -164,9 +164,15 @@ class MediaStore:
     def prepare(self) -> None:
         """Make the folders. Raises `OSError` where they cannot be written."""
         self.incoming.mkdir(parents=True, exist_ok=True)
+        self.probe()
+
+    def probe(self) -> None:
+        """Write a file and remove it. Raises `OSError` where that is impossible."""
         probe = self.incoming / f"probe-{uuid.uuid4().hex}"
-        probe.touch()
-        probe.unlink()
+        try:
+            probe.write_bytes(b"\0")  # an empty one is made on a full disk, too
+        finally:
+            probe.unlink(missing_ok=True)
 
     @contextmanager
     def uploading(self) -> Iterator[None]:

@@ -427,6 +427,32 @@ _PATHS: Final[_Object] = {
             answers={"200": _answer("The limits.", (), {_JSON: ref("schemas", "Limits")})},
         ),
     ),
+    "/livez": _path(
+        "Server",
+        get=_operation(
+            "Ask whether the process answers",
+            "It does, also when it cannot do its work: a process that does not is to be restarted.",
+            "curl http://127.0.0.1:8000/livez",
+            answers={
+                "200": _answer("It does.", ("Cache-Control",), {_JSON: ref("schemas", "Liveness")})
+            },
+        ),
+    ),
+    "/readyz": _path(
+        "Server",
+        get=_operation(
+            "Ask whether the server can do its work",
+            "Whether requests are to be sent to it: the database answers, its schema is the one of"
+            " this version, the media folder can be written, its disk has `MEDIA_FREE_FLOOR` free,"
+            " and the server is not stopping. Otherwise the problem's `detail` tells what is wrong,"
+            " and its `checks` has the state of each. What was found is kept for a second.",
+            "curl http://127.0.0.1:8000/readyz",
+            answers={
+                "200": _answer("It can.", ("Cache-Control",), {_JSON: ref("schemas", "Readiness")})
+            },
+            codes=["not-ready"],
+        ),
+    ),
     "/openapi.json": _path(
         "Server",
         get=_static(

@@ -97,6 +97,12 @@ def _limit(description: str) -> Schema:
     return {"type": "integer", "minimum": 0, "description": description}
 
 
+def _check(description: str) -> Schema:
+    """Return the schema of a check's state, which is not known where another check failed first."""
+    states = ["ok", "failed", "unknown", "newer"]
+    return {"type": "string", "enum": states, "description": description}
+
+
 # What the types that are encoded do not say of their members.
 _MEMBERS: Final[Schema] = {
     "id": _UUID,
@@ -167,6 +173,18 @@ SCHEMAS: Final[Schema] = {
         imageurl=_nullable(_ADDRESS),
         videourl=_nullable(_ADDRESS),
     ),
+    "Liveness": _object("The process answers.", status={"const": "ok"}),
+    "Readiness": _object(
+        "The server can do its work.", status={"const": "ok"}, checks=ref("schemas", "Checks")
+    ),
+    "Checks": _object(
+        "What was checked.",
+        database=_check("The database answers."),
+        schema=_check("Its schema is the one of this version, or `newer` and still usable."),
+        media=_check("The media folder can be written."),
+        disk=_check("The media folder's disk has `MEDIA_FREE_FLOOR` free."),
+        stopping=_check("The server is not stopping."),
+    ),
     "Limits": _object(
         "The limits in force.",
         name_max_length=_limit("Characters in a name."),
@@ -181,6 +199,10 @@ SCHEMAS: Final[Schema] = {
         upload_timeout=_limit("Seconds that an upload may take."),
     ),
 }
+
+
+# Of `not-ready` alone.
+SCHEMAS["Problem"]["properties"]["checks"] = ref("schemas", "Checks")
 
 
 def _header(description: str, example: str, **schema: object) -> Schema:

@@ -15,6 +15,8 @@ _ENDPOINTS = {
     "/v1/chatts/{id}": views.Chatt,
     "/v1/stream": views.Stream,
     "/v1/limits": views.Limits,
+    "/livez": views.LiveZ,
+    "/readyz": views.ReadyZ,
     "/openapi.json": views.OpenAPI,
     "/docs": views.Docs,
     "/web/{name}": views.WebFile,

@@ -43,6 +43,7 @@ _LIMITS: Final = msgspec.json.encode(
 _OPENAPI: Final = Static(msgspec.json.encode(openapi.DOCUMENT), "application/json")
 _DOCS: Final = Static(docs_page.page(openapi.DOCUMENT), "text/html; charset=utf-8", PAGE_HEADERS)
 _JSON: Final = (b"content-type", b"application/json")
+_NO_STORE: Final = (b"cache-control", b"no-store")
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
@@ -171,6 +172,24 @@ class Limits(Endpoint):
     async def get(self, _request: Request[State]) -> Response:
         """Answer an object of the limits in force; null where there is none."""
         return PartsResponse(200, [_JSON], [_LIMITS])
+
+
+class LiveZ(Endpoint):
+    """Whether the process answers: it does."""
+
+    async def get(self, _request: Request[State]) -> Response:
+        """Answer 200, whatever else is wrong."""
+        return PartsResponse(200, [_JSON, _NO_STORE], [b'{"status":"ok"}'])
+
+
+class ReadyZ(Endpoint):
+    """Whether the server can do its work."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer what has been checked; raises `Problem` 503 when a check has failed."""
+        checks = await request.state["health"].checks()
+        body = msgspec.json.encode({"status": "ok", "checks": checks})
+        return PartsResponse(200, [_JSON, _NO_STORE], [body])
 
 
 class WebPage(Endpoint):

@@ -144,6 +144,8 @@ CASES = [
     Case(500, "POST", "/llmprompt", content=b'{"model":"broken"}'),
     Case(502, "POST", "/llmprompt", content=b'{"model":"hangup"}'),
     Case(200, "GET", "/v1/limits"),
+    Case(200, "GET", "/livez"),
+    Case(200, "GET", "/readyz"),
     Case(200, "GET", "/web/{name}", given={"name": "app.js"}),
     Case(304, "GET", "/web/{name}", "", {"If-None-Match": "*"}, given={"name": "app.js"}),
     Case(404, "GET", "/web/{name}", given={"name": "unknown.js"}),
@@ -162,7 +164,8 @@ CASES += [
 ASKING_THE_DATABASE = [
     (method, path)
     for method, path in OPERATIONS
-    if "database-unavailable" in codes_of("GET" if method == "HEAD" else method, path)
+    if {"database-unavailable", "not-ready"}
+    & set(codes_of("GET" if method == "HEAD" else method, path))
 ]
 NOT_ASKED = {
     # Thirty seconds, and hundreds of prompts at once.
