@@ -52,7 +52,7 @@ _LINE_SETTINGS: Final = """
     SET jit = off;
 """
 # The same without SQLAlchemy. The last is what asyncpg says when a connection ends out of turn.
-_LINE_TROUBLE: Final = (
+DRIVER_TROUBLE: Final = (
     *_TROUBLE,
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
@@ -144,12 +144,7 @@ class Database:
             return
         current = await connection.run_sync(_current_revision)
         await connection.rollback()
-        head = head_revision()
-        if current != head:
-            raise SchemaError(
-                f"The database's schema is at revision {current or 'none'}; this version of"
-                f" chatterd works on {head}. Run: chatterd migrate"
-            )
+        require_head(current)
         self._schema_is_head = True
 
     def _note_away(self, reason: str) -> None:
@@ -210,7 +205,7 @@ class Line:
             assert self._driver is not None
             sent = True
             rows = await self._driver.fetch(statement.sql, *statement.arguments(values))
-        except _LINE_TROUBLE as error:
+        except DRIVER_TROUBLE as error:
             if not _is_unavailable(error):
                 raise
             await self.aclose()
@@ -305,6 +300,11 @@ def refusal(unavailable: DatabaseUnavailable) -> SchemaError:
     return cause if isinstance(cause, SchemaError) else _refusal(cause)
 
 
+def trouble(error: Exception) -> SchemaError | StatementError:
+    """Return what a command says of an error of the driver's."""
+    return _refusal(error) if _is_unavailable(error) else StatementError(describe(error))
+
+
 def _refusal(error: Exception) -> SchemaError:
     return SchemaError(f"The database of DATABASE_URL cannot be used: {_reason(error)}.")
 
@@ -335,6 +335,16 @@ def alembic_config(url: URL) -> Config:
 def head_revision() -> str | None:
     """Return the newest schema revision that this version brings."""
     return ScriptDirectory.from_config(alembic_config(URL.create("postgresql"))).get_current_head()
+
+
+def require_head(current: str | None) -> None:
+    """Raise `SchemaError` unless the revision `current` is the one this version works on."""
+    head = head_revision()
+    if current != head:
+        raise SchemaError(
+            f"The database's schema is at revision {current or 'none'}; this version of"
+            f" chatterd works on {head}. Run: chatterd migrate"
+        )
 
 
 def migrate(url: URL) -> None:
