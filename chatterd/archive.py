@@ -188,7 +188,7 @@ class ArchiveReader:
         self._offset = 0
         self._time: int | None = None
         self._sums = SpooledTemporaryFile(_SPOOL_MAX)  # noqa: SIM115 - __exit__ closes it
-        self.manifest = self._read_manifest()
+        self.manifest: Manifest
 
     def members(self) -> Iterator[Member]:
         """Yield the rows and the files; when it ends, every byte has been found right."""
@@ -234,7 +234,7 @@ class ArchiveReader:
                     " use the version that made it, or a newer one."
                 )
             manifest = msgspec.json.decode(content, type=Manifest)
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, ValueError, RecursionError):
             raise self._damaged(f"{_MANIFEST} is not as it was written") from None
         if manifest.created.tzinfo is None or int(manifest.created.timestamp()) != self._time:
             raise self._damaged(f"{_MANIFEST} has another date than its header")
@@ -338,6 +338,11 @@ class ArchiveReader:
         return DamagedError(f"It is damaged before byte {self._offset}: {what}.")
 
     def __enter__(self) -> Self:
+        try:
+            self.manifest = self._read_manifest()
+        except BaseException:
+            self._sums.close()
+            raise
         return self
 
     def __exit__(

@@ -58,7 +58,7 @@ _SESSION: Final = """
     SET datestyle = 'ISO, YMD';
     SET timezone = 'UTC';
     SET bytea_output = 'hex';
-    SET lock_timeout = '10s';
+    SET lock_timeout = '5s';
     SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN (
         'statement_timeout', 'transaction_timeout', 'idle_session_timeout',
         'idle_in_transaction_session_timeout'
