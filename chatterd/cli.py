@@ -11,13 +11,15 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Final, NoReturn, TextIO, TypeVar
 
 from chatterd import __version__
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
+    from tqdm import tqdm
 
+    from chatterd.backup import Contents
     from chatterd.database import Database
     from chatterd.media_folder import Tally
 
@@ -45,6 +47,7 @@ examples:
   chatterd media doctor                     are all pictures and videos there, and whole?
   chatterd media sweep --delete             remove what no chatt names any more
   chatterd nginx --server-name chatter.example > /etc/nginx/sites-enabled/chatterd
+  chatterd backup chatter.tar               all chatts, pictures and videos in one file
 """
 
 _DOCTOR: Final = """\
@@ -59,6 +62,25 @@ whether they are still what was uploaded. The exit status is 1 when something is
   missing      named by a chatt and not there; bytes as far as they are known
 
 The total is everything but the missing, as du counts apparent sizes.
+"""
+
+_BACKUP: Final = """\
+Write all chatts and the files that they name to FILE, also while servers run. What was posted when
+it began is in it. FILE is there when it is whole; one that is there is not written over. With - for
+FILE, the archive goes to the standard output.
+
+Files that chatts name and that are not in MEDIA_ROOT are left out and printed; so are the keys of
+those that are corrupt, which are taken as they are.
+
+`backup verify FILE` reads such an archive from end to end, and says what is in it, or what is wrong
+with it; - for FILE is the standard input. The exit status is 1 when it is damaged. To write to a
+file called verify, name it ./verify.
+"""
+
+_RESTORE: Final = """\
+Fill an empty database and an empty MEDIA_ROOT from FILE, which `chatterd backup` has written.
+Nothing is changed before all of FILE has been read and found whole. If it is interrupted, it can be
+started again. Stop the servers before.
 """
 
 
@@ -88,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for chatty in ("alembic", "httpx2", "watchfiles"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # Late, so that --help needs no usable settings and does not wait for imports.
+    from chatterd.archive import BackupError  # noqa: PLC0415
     from chatterd.database import SchemaError, StatementError  # noqa: PLC0415
     from chatterd.embedded_home import EmbeddedPostgresError  # noqa: PLC0415
     from chatterd.lifespan import StartError  # noqa: PLC0415
@@ -96,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     database_errors = (SchemaError, StatementError, EmbeddedPostgresError)
     try:
         options.run(options)
-    except (StartError, MediaError, NginxError, *database_errors) as error:
+    except (StartError, MediaError, BackupError, NginxError, *database_errors) as error:
         sys.exit(f"chatterd: {error}")
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports SIGINT
@@ -151,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     _add_media_commands(media.add_subparsers(title="commands", required=True, metavar="COMMAND"))
-
+    _add_backup_commands(commands)
     _add_nginx(commands)
     return parser
 
@@ -215,6 +238,37 @@ def _add_media_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
     )
     sweep.add_argument("--delete", action="store_true", help="do it")
     sweep.set_defaults(run=_sweep)
+
+
+def _add_backup_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    backup = commands.add_parser(
+        "backup",
+        usage="chatterd backup [-h] FILE\n       chatterd backup verify FILE",
+        help="write all chatts, pictures and videos to a file, or verify such a file",
+        description=_BACKUP,
+        formatter_class=_Help,
+    )
+    backup.add_argument("words", nargs="+", metavar="FILE", help="the archive, a tar file")
+
+    def run(options: argparse.Namespace) -> None:
+        match options.words:
+            case ["verify", path]:
+                _verify(path)
+            case [path] if path != "verify":
+                _backup(path)
+            case _:
+                backup.error("FILE or verify FILE is wanted; a file called verify is ./verify")
+
+    backup.set_defaults(run=run)
+
+    restore = commands.add_parser(
+        "restore",
+        help="fill an empty place from a backup",
+        description=_RESTORE,
+        formatter_class=_Help,
+    )
+    restore.add_argument("file", type=Path, metavar="FILE", help="the archive")
+    restore.set_defaults(run=_restore)
 
 
 def _port(text: str) -> int:
@@ -344,6 +398,98 @@ def _sweep(options: argparse.Namespace) -> None:
     _print_tallies({"unknown": result.unknown})
 
 
+def _backup(path: str) -> None:
+    import asyncio  # noqa: PLC0415 - see main
+
+    from chatterd import backup, settings  # noqa: PLC0415 - see main
+    from chatterd.archive import BackupError  # noqa: PLC0415 - see main
+
+    if path == "-" and sys.stdout.isatty():
+        raise BackupError("The standard output is a terminal: name a file, or a program behind |.")
+    with _database_beside_a_server() as url, _archive_to_write(path) as file, _bar(0) as bar:
+        contents = asyncio.run(backup.back_up(url, settings.MEDIA_ROOT, file, bar))
+    _print_contents(contents, sys.stderr if path == "-" else sys.stdout)
+
+
+@contextmanager
+def _archive_to_write(path: str) -> Iterator[IO[bytes]]:
+    from chatterd.backup import new_file  # noqa: PLC0415 - see main
+
+    if path == "-":
+        with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as file:
+            yield file
+    else:
+        with new_file(Path(path)) as file:
+            yield file
+
+
+def _verify(path: str) -> None:
+    from chatterd import backup  # noqa: PLC0415 - see main
+
+    with _archive_to_read(path) as file, _bar(os.fstat(file.fileno()).st_size) as bar:
+        contents = backup.verify(file, bar)
+    _print_contents(contents, sys.stdout)
+
+
+def _restore(options: argparse.Namespace) -> None:
+    import asyncio  # noqa: PLC0415 - see main
+
+    from chatterd import backup, settings  # noqa: PLC0415 - see main
+    from chatterd.archive import BackupError  # noqa: PLC0415 - see main
+    from chatterd.restore import restore  # noqa: PLC0415 - see main
+
+    with _archive_to_read(options.file) as file:
+        if not file.seekable():
+            raise BackupError(f"{options.file} cannot be read twice: restore from a file.")
+        with _bar(2 * os.fstat(file.fileno()).st_size) as bar:
+            contents = backup.verify(file, bar)
+            file.seek(0)
+            with _database_to_fill() as url:
+                asyncio.run(restore(url, settings.MEDIA_ROOT, file, bar))
+    _print_contents(contents, sys.stdout)
+
+
+@contextmanager
+def _archive_to_read(path: str | Path) -> Iterator[IO[bytes]]:
+    from chatterd.archive import BackupError, DamagedError  # noqa: PLC0415 - see main
+
+    try:
+        with open(0 if path == "-" else path, "rb") as file:  # noqa: PTH123 - maybe a descriptor
+            try:
+                yield file
+            except DamagedError as error:
+                raise BackupError(f"{path}: {error}") from error
+    except OSError as error:
+        raise BackupError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _bar(size: int) -> "tqdm[NoReturn]":
+    """Return a bar for so many bytes, which is shown on a terminal."""
+    from tqdm import tqdm  # noqa: PLC0415 - see main
+
+    return tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False)
+
+
+def _print_contents(contents: "Contents", stream: TextIO) -> None:
+    from chatterd.archive import quoted  # noqa: PLC0415 - see main
+
+    manifest = contents.manifest
+    for state, keys in ("missing", manifest.missing_keys), ("corrupt", contents.corrupt_keys):
+        sys.stderr.writelines(f"{state}: {quoted(key)}\n" for key in keys)
+    made_by = (
+        f"chatterd {manifest.chatterd}, schema {manifest.revision},"
+        f" PostgreSQL {manifest.postgresql}"
+    )
+    lines = [f"created    {manifest.created.isoformat(timespec='seconds')} by {made_by}\n"]
+    lines += [f"{table.name:<16} {table.rows:>9} rows\n" for table in manifest.tables]
+    lines += [f"{'files':<16} {manifest.files:>9} {manifest.bytes:>17} bytes\n"]
+    lines += [
+        f"{'missing':<16} {manifest.missing:>9}\n",
+        f"{'corrupt':<16} {contents.corrupt:>9}\n",
+    ]
+    stream.writelines(lines)
+
+
 def _print_tallies(tallies: "Mapping[str, Tally]") -> None:
     for state, tally in tallies.items():
         sys.stdout.write(f"{state:<10} {tally.count:>9} {tally.bytes:>17} bytes\n")
@@ -402,6 +548,20 @@ def _database_beside_a_server() -> Iterator["URL"]:
             )
     with _database() as url:
         yield url
+
+
+@contextmanager
+def _database_to_fill() -> Iterator["URL"]:
+    """Yield the database's URL, whatever schema it has; start the embedded one, or a new one."""
+    from sqlalchemy.engine import make_url  # noqa: PLC0415 - see main
+
+    from chatterd import embedded, settings  # noqa: PLC0415 - see main
+
+    if settings.DATABASE_URL is not None:
+        yield settings.DATABASE_URL
+    else:
+        with embedded.postgres(_VAR, bin_dir=settings.PG_BIN) as text:
+            yield make_url(text)
 
 
 @contextmanager

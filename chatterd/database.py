@@ -56,7 +56,7 @@ _LINE_SETTINGS: Final = """
     SET jit = off;
 """
 # The same without SQLAlchemy. The last is what asyncpg says when a connection ends out of turn.
-_LINE_TROUBLE: Final = (
+DRIVER_TROUBLE: Final = (
     *_TROUBLE,
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
@@ -153,7 +153,7 @@ class Database:
         self.available()
         if self._schema_is_head and current not in {None, *_revisions()}:
             return False
-        _require_head(current)
+        require_head(current)
         self._schema_is_head = True
         return True
 
@@ -166,7 +166,7 @@ class Database:
             return
         current = await _current_revision(connection)
         await connection.rollback()
-        _require_head(current)
+        require_head(current)
         self._schema_is_head = True
 
     def _note_away(self, reason: str) -> None:
@@ -227,7 +227,7 @@ class Line:
             assert self._driver is not None
             sent = True
             rows = await self._driver.fetch(statement.sql, *statement.arguments(values))
-        except _LINE_TROUBLE as error:
+        except DRIVER_TROUBLE as error:
             if not _is_unavailable(error):
                 raise
             await self.aclose()
@@ -322,6 +322,11 @@ def refusal(unavailable: DatabaseUnavailable) -> SchemaError:
     return cause if isinstance(cause, SchemaError) else _refusal(cause)
 
 
+def trouble(error: Exception) -> SchemaError | StatementError:
+    """Return what a command says of an error of the driver's."""
+    return _refusal(error) if _is_unavailable(error) else StatementError(describe(error))
+
+
 def _refusal(error: Exception) -> SchemaError:
     return SchemaError(f"The database of DATABASE_URL cannot be used: {_reason(error)}.")
 
@@ -338,15 +343,6 @@ async def _current_revision(connection: AsyncConnection) -> str | None:
         return None
     revision: str | None = await connection.scalar(_REVISION)
     return revision
-
-
-def _require_head(current: str | None) -> None:
-    head = head_revision()
-    if current != head:
-        raise SchemaError(
-            f"The database's schema is at revision {current or 'none'}; this version of"
-            f" chatterd works on {head}. Run: chatterd migrate"
-        )
 
 
 def _migrations() -> Path:
@@ -380,6 +376,16 @@ def _revisions() -> frozenset[str]:
     """
     names = (path.name for path in (_migrations() / "versions").glob("[0-9]*_*.py"))
     return frozenset(name.partition("_")[0] for name in names)
+
+
+def require_head(current: str | None) -> None:
+    """Raise `SchemaError` unless the revision `current` is the one this version works on."""
+    head = head_revision()
+    if current != head:
+        raise SchemaError(
+            f"The database's schema is at revision {current or 'none'}; this version of"
+            f" chatterd works on {head}. Run: chatterd migrate"
+        )
 
 
 def migrate(url: URL) -> None:

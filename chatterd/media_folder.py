@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, TypeAlias, TypeVar
 
 from anyio import to_thread
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from chatterd.database import Database, SchemaError
 from chatterd.media import INCOMING, THUMBNAIL_SUFFIX, is_file, is_key
@@ -52,12 +53,17 @@ async def find_named(database: Database, paths: Collection[str]) -> set[str]:
 
     Raises `DatabaseUnavailable`.
     """
+    async with database.transaction() as session:
+        return await find_named_in(session, paths)
+
+
+async def find_named_in(session: AsyncSession, paths: Collection[str]) -> set[str]:
+    """Return what `find_named` does, by a transaction that is under way."""
     pictures = {path: path.removesuffix(THUMBNAIL_SUFFIX) for path in paths}
     keys = list(filter(_can_be_named, {*pictures, *pictures.values()}))
-    async with database.transaction() as session:
-        if not await session.scalar(media_is_whole()):
-            raise SchemaError("It is being restored: chatts has no index yet, or feed no row.")
-        named = set(await session.scalars(media_named(), {"keys": keys}))
+    if not await session.scalar(media_is_whole()):
+        raise SchemaError("It is being restored: chatts has no index yet, or feed no row.")
+    named = set(await session.scalars(media_named(), {"keys": keys}))
     return {path for path, picture in pictures.items() if path in named or picture in named}
 
 

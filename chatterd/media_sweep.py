@@ -19,6 +19,7 @@ from typing import Final, NamedTuple
 
 import anyio
 from anyio import to_thread
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from chatterd import settings
 from chatterd.database import Database
@@ -33,11 +34,12 @@ from chatterd.media_folder import (
     Tally,
     files_in,
     find_named,
+    find_named_in,
     next_page,
     walk,
     without_file,
 )
-from chatterd.models import delete_stale_media, stale_media_after
+from chatterd.models import delete_stale_media, hold_media, stale_media_after
 
 logger = logging.getLogger(__name__)
 
@@ -143,10 +145,14 @@ class Sweep:
             return []
         if not self._delete:
             return await to_thread.run_sync(self._count, names)
-        # Whoever ends the sweep waits until what has been moved is settled.
-        with anyio.CancelScope(shield=True):
-            gone = await self.settle(await to_thread.run_sync(self.move, names))
-        return gone  # noqa: RET504 - mypy takes the scope for one that swallows errors
+        gone: list[str] = []
+        async with self._database.transaction() as session:
+            # A backup may have to read them yet: a chatt that has gone since named them.
+            if await session.scalar(hold_media()):
+                # Whoever ends the sweep waits until what has been moved is settled.
+                with anyio.CancelScope(shield=True):
+                    gone = await self.settle(await to_thread.run_sync(self.move, names), session)
+        return gone
 
     def _count(self, names: Sequence[str]) -> list[str]:
         counted = []
@@ -168,15 +174,21 @@ class Sweep:
                     moved.append(Moved(name, place))
         return moved
 
-    async def settle(self, moved: Sequence[Moved]) -> list[str]:
+    async def settle(
+        self, moved: Sequence[Moved], session: AsyncSession | None = None
+    ) -> list[str]:
         """Remove what has been moved, or put it back; return the names of what was removed.
 
         It is put back when a chatt names it by now, and when it is not the file that was looked
-        at: an upload has replaced that one, and its chatt may be about to come.
+        at: an upload has replaced that one, and its chatt may be about to come. The database is
+        asked by `session`, if there is one.
         """
         names = [name for name, _ in moved]
         try:
-            named = await find_named(self._database, names)
+            if session is None:
+                named = await find_named(self._database, names)
+            else:
+                named = await find_named_in(session, names)
         except BaseException:
             # Must finish although the sweep may be being cancelled.
             with anyio.CancelScope(shield=True):

@@ -170,6 +170,10 @@ class IdempotencyKey(Base):
     )
 
 
+MEDIA_LOCK = int.from_bytes(b"media", "big")
+"""The advisory lock of MEDIA_ROOT: shared by all who remove files that no chatt names, and held
+alone by a backup and a restore, to which chatts of another time name them."""
+
 _TABLE = literal_column("to_regclass('chatts')::oid::bigint", BigInteger)
 # As the feed shows them: RFC 3339 in UTC with six fraction digits, a UUID in lower case.
 _ROW = (
@@ -475,6 +479,14 @@ def media_is_whole() -> Select[bool]:
     """
     indexes = [func.to_regclass(f"ix_chatts_{slot}").is_not(None) for slot in ("image", "video")]
     return select(and_(*indexes, exists(select(Feed.epoch))))
+
+
+def hold_media() -> Select[bool]:
+    """Try to be one of those who remove files, until the transaction ends; false beside a backup.
+
+    Select this before it is known which files chatts name.
+    """
+    return select(func.pg_try_advisory_xact_lock_shared(MEDIA_LOCK))
 
 
 def media_named() -> Select[str]:
