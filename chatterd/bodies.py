@@ -35,8 +35,8 @@ _BYTES_SECONDS: Final = 30.0
 # The server hands over 64 KiB at once. More in memory would be more than 1 MiB for an upload, with
 # what the server keeps.
 _WRITE_SIZE: Final = 60 * 1024
-# Two files, three texts, and room for the headers of the parts.
-_FORM_MAX_SIZE: Final = len(SLOTS) * settings.MEDIA_MAX_SIZE + 4 * settings.JSON_MAX_SIZE
+FORM_MAX_SIZE: Final = len(SLOTS) * settings.MEDIA_MAX_SIZE + 4 * settings.JSON_MAX_SIZE
+"""The largest form, in bytes: two files, three texts, and room for the headers of the parts."""
 _TEXT_FIELDS: Final = {"name": "name", "username": "name", "message": "message"}
 _ACCEPTED: Final = {
     "image": "a JPEG, PNG, GIF, WebP or HEIC picture",
@@ -124,7 +124,7 @@ async def received_form(
         receiver = _FormReceiver(headers, media)
         try:
             async with _deadline(settings.UPLOAD_TIMEOUT):
-                await receiver.receive(_limited(headers, stream, _FORM_MAX_SIZE))
+                await receiver.receive(_limited(headers, stream, FORM_MAX_SIZE))
             yield receiver.form
         finally:
             # Must finish although the request may be being cancelled.

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -19,6 +19,7 @@ from chatterd import __version__
 
 if TYPE_CHECKING:
     from chatterd.database import Database
+    from chatterd.doctor import Finding
     from chatterd.media_folder import Tally
 
 T = TypeVar("T")
@@ -42,11 +43,36 @@ examples:
   chatterd serve --host 0.0.0.0             reachable for phones in the same network
   chatterd serve --port 8443 --certfile cert.pem --keyfile key.pem
   DATABASE_URL=postgresql://me@localhost/chatter chatterd migrate
+  chatterd doctor                           what is wrong, and how to mend it
   chatterd media doctor                     are all pictures and videos there, and whole?
   chatterd media sweep --delete             remove what no chatt names any more
 """
 
 _DOCTOR: Final = """\
+Look for what is wrong, beside a running server or without one, and say how to mend it. Nothing is
+changed. Call it in the server's folder, as its user and with its environment: it looks at what the
+settings say. A line for each check tells ok, warning or fault; the exit status is 1 with a fault.
+
+  settings     do they go together?
+  server       is it ready, and runs with these settings?
+  database     does it answer, and can it be used?
+  privileges   may the role do what the server does?
+  schema       is it that of this version, whole?
+  durability   does what was answered survive a power cut?
+  locks        does anybody keep others from writing?
+  tables       are they clean?
+  lag          how long do a commit and its notification take?
+  clock        does the database's agree with this machine's?
+  connections  are there enough for all processes?
+  disk         is there room?
+  media        are pictures and videos there, and whole? Some are read; with --media all, without a
+               time limit.
+  nginx        does it let through what the server takes?
+               (/etc/nginx/sites-enabled/chatterd or /etc/nginx/conf.d/chatterd.conf)
+  certificate  until when do clients accept it?
+"""
+
+_MEDIA_DOCTOR: Final = """\
 Count what is in MEDIA_ROOT, by state, and what is missing there. Files are read as a whole, to see
 whether they are still what was uploaded. The exit status is 1 when something is missing or corrupt.
 
@@ -79,6 +105,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for chatty in ("alembic", "httpx2", "watchfiles"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports SIGINT
+    except Exception as error:
+        if isinstance(error, _told_in_a_line()):
+            sys.exit(f"chatterd: {error}")
+        raise
+
+
+def _told_in_a_line() -> tuple[type[Exception], ...]:
+    """Return the errors whose message is for the operator."""
     # Late, so that --help needs no usable settings and does not wait for imports.
     from alembic.util import CommandError  # noqa: PLC0415
 
@@ -86,13 +124,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from chatterd.embedded_home import EmbeddedPostgresError  # noqa: PLC0415
     from chatterd.lifespan import StartError  # noqa: PLC0415
 
-    database_errors = (SchemaError, StatementError, EmbeddedPostgresError, CommandError)
-    try:
-        options.run(options)
-    except (StartError, MediaError, *database_errors) as error:
-        sys.exit(f"chatterd: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)  # as a shell reports SIGINT
+    return (
+        CommandError,
+        EmbeddedPostgresError,
+        MediaError,
+        SchemaError,
+        StartError,
+        StatementError,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,6 +169,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     migrate.set_defaults(run=_migrate)
 
+    _add_doctor(commands)
+
     media = commands.add_parser(
         "media",
         help="look after the stored pictures and videos",
@@ -140,15 +181,45 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_media_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     doctor = commands.add_parser(
         "doctor",
-        help="count what is there, what is missing, and what is corrupt",
+        help="look for what is wrong, and say how to mend it",
         description=_DOCTOR,
         formatter_class=_Help,
     )
     doctor.add_argument("--json", action="store_true", help="print JSON, for programs")
+    doctor.add_argument("--media", action="store_true", help="read every picture and video")
+    doctor.add_argument(
+        "--nginx", type=Path, metavar="FILE", help="Nginx's configuration, where it is elsewhere"
+    )
+    doctor.add_argument(
+        "--certificate", type=Path, metavar="FILE", help="another certificate (PEM) than Nginx's"
+    )
+    doctor.add_argument(
+        "--url", help="the server's address, like https://localhost:8443 or unix:PATH"
+    )
+    doctor.add_argument(
+        "--processes",
+        type=_count,
+        metavar="NUMBER",
+        help="server processes that share the database, where they are not all on this machine",
+    )
+    doctor.add_argument(
+        "--timeout", type=_count, default=10, metavar="SECONDS", help="for each check"
+    )
     doctor.set_defaults(run=_doctor)
+
+
+def _add_media_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="count what is there, what is missing, and what is corrupt",
+        description=_MEDIA_DOCTOR,
+        formatter_class=_Help,
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON, for programs")
+    doctor.set_defaults(run=_media_doctor)
 
     sweep = commands.add_parser(
         "sweep",
@@ -175,6 +246,12 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text[:6]) < 100_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 99999")
+    return int(text)
+
+
 def _seconds(text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 9:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds, 0 to 999999999")
@@ -182,7 +259,7 @@ def _seconds(text: str) -> int:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from chatterd import server, settings  # noqa: PLC0415 - see main
+    from chatterd import server, settings  # noqa: PLC0415 - see _told_in_a_line
 
     address = server.Address(options.host, options.port, options.certfile, options.keyfile)
     server.check_tls(address)
@@ -191,7 +268,7 @@ def _serve(options: argparse.Namespace) -> None:
             _serve_and_reload(url)
         return
 
-    from chatterd.app import create_app  # noqa: PLC0415 - see main
+    from chatterd.app import create_app  # noqa: PLC0415 - see _told_in_a_line
 
     with server.listen(address) as listener, _database() as url:
         address_url = server.url_of(listener, address)
@@ -225,7 +302,7 @@ def _serve_and_reload(url: URL) -> None:
 
 
 def _migrate(_options: argparse.Namespace) -> None:
-    from chatterd import database, settings  # noqa: PLC0415 - see main
+    from chatterd import database, settings  # noqa: PLC0415 - see _told_in_a_line
 
     if settings.DATABASE_URL is None:
         with _database():
@@ -236,7 +313,75 @@ def _migrate(_options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from chatterd.media_doctor import doctor  # noqa: PLC0415 - see main
+    from chatterd.doctor import Finding, fault  # noqa: PLC0415 - see _told_in_a_line
+
+    findings: list[tuple[str, Finding | None]] = []
+
+    def take(name: str, finding: Finding | None) -> None:
+        findings.append((name, finding))
+        if finding is not None and not options.json:
+            sys.stdout.write(finding.text(name, is_coloured=_is_coloured()))
+            sys.stdout.flush()
+
+    try:
+        from chatterd import settings  # noqa: F401, PLC0415 - whether they can be read
+    except SystemExit as error:
+        found, _, mend = str(error).removeprefix("chatterd: ").partition(" It must be ")
+        take("settings", fault(found, f"It must be {mend}" if mend else "Mend the file."))
+    else:
+        _examine(options, take)
+    levels = [finding.level for _, finding in findings if finding is not None]
+    if options.json:
+        facts = [{"check": name} | finding._asdict() for name, finding in findings if finding]
+        skipped = [name for name, finding in findings if finding is None]
+        healthy = "fault" not in levels
+        report = {"healthy": healthy, "checks": facts, "skipped": skipped}
+        sys.stdout.write(json.dumps(report) + "\n")
+    elif skipped := [name for name, finding in findings if finding is None]:
+        sys.stdout.write(f"Not looked at before that is mended: {', '.join(skipped)}.\n")
+    if "fault" in levels:
+        sys.exit(1)
+
+
+def _examine(options: argparse.Namespace, take: "Callable[[str, Finding | None], None]") -> None:
+    from chatterd import settings  # noqa: PLC0415 - see _told_in_a_line
+    from chatterd.doctor.checks import Wishes, examine  # noqa: PLC0415
+    from chatterd.doctor.postgresql import Way  # noqa: PLC0415
+    from chatterd.embedded_home import EmbeddedPostgresError  # noqa: PLC0415
+
+    wishes = Wishes(
+        nginx=options.nginx,
+        certificate=options.certificate,
+        url=options.url,
+        processes=options.processes,
+        reads_all_media=options.media,
+        timeout_seconds=options.timeout,
+    )
+    is_embedded = settings.DATABASE_URL is None
+    data = (_VAR / "postgres").resolve() if is_embedded else None
+
+    async def run(way: Way | EmbeddedPostgresError) -> None:
+        async for name, finding in examine(way, data, wishes):
+            take(name, finding)
+
+    with ExitStack() as stack:
+        try:
+            url = stack.enter_context(_database_beside_a_server(migrated=False))
+        except EmbeddedPostgresError as error:
+            asyncio.run(run(error))
+        else:
+            asyncio.run(run(Way(url, is_embedded)))
+
+
+def _is_coloured() -> bool:
+    """Tell whether the output is a terminal that knows colours (https://no-color.org)."""
+    return (
+        sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    )
+
+
+def _media_doctor(options: argparse.Namespace) -> None:
+    from chatterd.media_doctor import doctor  # noqa: PLC0415 - see _told_in_a_line
 
     report = _with_media(doctor)
     if options.json:
@@ -254,7 +399,7 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from chatterd.media_sweep import Sweep  # noqa: PLC0415 - see main
+    from chatterd.media_sweep import Sweep  # noqa: PLC0415 - see _told_in_a_line
 
     result = _with_media(
         lambda database, root: Sweep(
@@ -282,8 +427,8 @@ def _with_media(work: "Callable[[Database, Path], Coroutine[Any, Any, T]]") -> T
 
     Raises `MediaError`, `SchemaError`, `StatementError`, `EmbeddedPostgresError`.
     """
-    from chatterd import database, settings  # noqa: PLC0415 - see main
-    from chatterd.errors import DatabaseUnavailable  # noqa: PLC0415 - see main
+    from chatterd import database, settings  # noqa: PLC0415 - see _told_in_a_line
+    from chatterd.errors import DatabaseUnavailable  # noqa: PLC0415 - see _told_in_a_line
 
     # What it logs is about requests; a command says it in its own words.
     logging.getLogger(database.__name__).setLevel(logging.CRITICAL)
@@ -307,13 +452,14 @@ def _with_media(work: "Callable[[Database, Path], Coroutine[Any, Any, T]]") -> T
 
 
 @contextmanager
-def _database_beside_a_server() -> Iterator[URL]:
+def _database_beside_a_server(*, migrated: bool = True) -> Iterator[URL]:
     """Yield the database's URL: of the embedded one, which a server may be running or nobody.
 
-    Never of a new one: to it, every file would be an orphan.
+    Never of a new one: to it, every file would be an orphan. Where nobody runs it, it is `migrated`
+    first.
     """
-    from chatterd import embedded, settings  # noqa: PLC0415 - see main
-    from chatterd.embedded_home import EmbeddedPostgresError  # noqa: PLC0415 - see main
+    from chatterd import embedded, settings  # noqa: PLC0415 - see _told_in_a_line
+    from chatterd.embedded_home import EmbeddedPostgresError  # noqa: PLC0415 - see _told_in_a_line
 
     if settings.DATABASE_URL is None:
         if (text := embedded.running(_VAR)) is not None:
@@ -324,19 +470,20 @@ def _database_beside_a_server() -> Iterator[URL]:
                 f"there is no database in {_VAR / 'postgres'}: work in the server's folder, or set"
                 " DATABASE_URL"
             )
-    with _database() as url:
+    with _database(migrated=migrated) as url:
         yield url
 
 
 @contextmanager
-def _database() -> Iterator[URL]:
-    """Yield the database's URL; where none is set, run the embedded one, migrated."""
-    from chatterd import database, embedded, settings  # noqa: PLC0415 - see main
+def _database(*, migrated: bool = True) -> Iterator[URL]:
+    """Yield the database's URL; where none is set, run the embedded one, `migrated` or as it is."""
+    from chatterd import database, embedded, settings  # noqa: PLC0415 - see _told_in_a_line
 
     if settings.DATABASE_URL is not None:
         yield settings.DATABASE_URL
         return
     with embedded.postgres(_VAR, bin_dir=settings.PG_BIN) as text:
         url = make_url(text)
-        database.migrate(url)
+        if migrated:
+            database.migrate(url)
         yield url
