@@ -1,20 +1,24 @@
 """The check `certificate`: whether clients accept it, and for how long."""
 
+import ssl
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
-from chatterd import server, settings
+from chatterd import settings
 from chatterd.doctor import Finding, fault, ok, warning
 from chatterd.doctor.x509 import Certificate, CertificateError, read_certificate
-from chatterd.lifespan import StartError
 
 # Let's Encrypt's are renewed 30 days before their end: by then, renewing has failed for a while.
 _SOON: Final = timedelta(days=21)
 _NOW: Final = timedelta(days=3)
 _RENEW: Final = ("sudo certbot renew", "sudo systemctl reload nginx")
+
+
+# Nobody is asked for one.
+_NO_PASSWORD: Final = b""
 
 
 class CertificateFiles(NamedTuple):
@@ -89,8 +93,10 @@ def _key(files: CertificateFiles) -> Iterator[Finding]:
         )
         return
     try:
-        server.check_tls(
-            server.Address(host="", port=0, certfile=files.certificate, keyfile=files.key)
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(files.certificate, files.key, password=_NO_PASSWORD)
+    except ssl.SSLError as error:
+        yield fault(
+            f"The key {files.key} cannot be used with it: {error.reason or error}.",
+            "Give Nginx the key that the certificate was made for.",
         )
-    except StartError as error:
-        yield fault(str(error), "Give Nginx the key that the certificate was made for.")

@@ -37,7 +37,8 @@ _SERVER_KEEPALIVE: Final = 75.0
 # A waiting request is answered after 55 seconds at most, a stream has a comment every 15.
 _LONGEST_SILENCE: Final = 55.0
 _FORM_PATHS: Final = ("/postimages", "/v1/chatts")
-_JSON_PATHS: Final = ("/postchatt", "/llmprompt")
+_JSON_PATHS: Final = ("/postchatt",)
+_MEDIA_PATH: Final = f"/media/{'0' * 64}.jpeg"
 
 
 @dataclass
@@ -58,6 +59,20 @@ class Block:
                     return words[1]
             block = block.parent
         return default
+
+    def expanded(self, text: str) -> str:
+        """Return `text` with the variables that `set` has set, up to the first that it has not."""
+
+        def replaced(match: re.Match[str]) -> str:
+            block: Block | None = self
+            while block is not None:
+                for words in block.directives:
+                    if words[0] == "set" and words[1:2] == ["$" + (match[1] or match[2])]:
+                        return "".join(words[2:])
+                block = block.parent
+            return match[0]
+
+        return re.sub(r"\$(?:(\w+)|\{(\w+)\})", replaced, text).partition("$")[0]
 
     def all_blocks(self, name: str) -> Iterator["Block"]:
         """Yield the blocks of this name in it, at any depth, as they stand."""
@@ -102,20 +117,23 @@ class _Reader:
                 # One too many does not end what the file stands in.
                 block = block.parent if block is not outside and block.parent else block
             elif words:
-                self._add(words, block)
+                self._add(words, block, path)
             words = []
 
-    def _add(self, words: list[str], block: Block) -> None:
+    def _add(self, words: list[str], block: Block, path: Path) -> None:
         if words[0] == "include" and len(words) > 1:
-            for path in _included(words[1]):
-                self.read(path, block)
+            for included in _included(words[1], path):
+                self.read(included, block)
         else:
             block.directives.append(words)
 
 
-def _included(pattern: str) -> list[Path]:
-    path = _FOLDER / pattern
-    return sorted(each for each in path.parent.glob(path.name) if each.is_file())
+def _included(pattern: str, including: Path) -> list[Path]:
+    for folder in (_FOLDER, including.parent):  # the latter where it is not installed yet
+        path = folder / pattern
+        if found := sorted(each for each in path.parent.glob(path.name) if each.is_file()):
+            return found
+    return []
 
 
 def certificate_files(configuration: Block) -> CertificateFiles | None:
@@ -247,16 +265,16 @@ def _silence(server: Block) -> Iterator[Finding]:
 
 
 def _media(server: Block) -> Iterator[Finding]:
-    prefix = f"{settings.ROOT_PATH}/media/"
     root = settings.MEDIA_ROOT.resolve()
-    for location in server.all_blocks("location"):
-        serves = any(word.startswith(prefix) for word in location.words[1:])
-        is_internal = ["internal"] in location.directives
-        alias = location.value("alias", "")
-        if alias and "$" not in alias and (serves or is_internal) and Path(alias).resolve() != root:
+    asked = location_of(server, settings.ROOT_PATH + _MEDIA_PATH)
+    # The server may answer which file it is (X-Accel-Redirect).
+    internal = (each for each in server.all_blocks("location") if ["internal"] in each.directives)
+    for location in (*([asked] if asked else []), *internal):
+        alias = location.expanded(location.value("alias", ""))
+        if alias and Path(alias).resolve() != root:
             yield warning(
                 f"Nginx looks for pictures in {alias}, the server keeps them in {root}.",
-                f"In the location of {location.words[-1]}: alias {root}/; Then:",
+                "Name that folder in Nginx's configuration, and:",
                 _RELOAD,
             )
 

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
     Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
 
+_HERE: Final = ("localhost", "127.0.0.1", "::1")
+_SOCKETS: Final = ("/run/postgresql", "/var/run/postgresql")
+"""Where psql looks by itself on Debian."""
 _CLOSE_SECONDS: Final = 1.0
 _OLDEST_VERSION: Final = 14
 
@@ -81,9 +84,12 @@ class Way(NamedTuple):
         host, port = self._place()
         if self.is_embedded:
             words = ["psql", "-h", str(host), "-U", str(self.url.username)]
-        elif host in {None, "localhost", "127.0.0.1", "::1"} or str(host).startswith("/"):
+        elif host is None or host in _HERE or host.startswith("/"):
             words = ["sudo", "-u", "postgres", "psql"]
-            words += ["-p", str(port)] if port != 5432 else []
+            if host is not None and host.startswith("/") and host not in _SOCKETS:
+                words += ["-h", host]
+            if port != 5432:
+                words += ["-p", str(port)]
         else:
             words = ["psql", "-h", str(host), "-p", str(port), "-U", "postgres"]
         words += ["-d", str(self.url.database)]
@@ -377,7 +383,7 @@ def _triggers(way: Way, rows: list[asyncpg.Record]) -> Iterator[Finding]:
             )
         else:
             yield fault(
-                f"The trigger {name} is switched off: followers miss posts.",
+                f"The trigger {name} is off: followers miss posts.",
                 "Switch it on:",
                 way.as_admin(f"ALTER TABLE chatts ENABLE TRIGGER {name}"),
             )
@@ -443,26 +449,34 @@ async def connections_check(way: Way, processes: int) -> list[Finding]:
     ]
 
 
+# What other roles' connections are for is not told to every role, but how many there are.
 _CONNECTIONS: Final = """
+    WITH visible AS (
+        SELECT count(*) FILTER (WHERE application_name = 'chatterd') AS ours,
+            count(*) FILTER (WHERE application_name = 'chatterd doctor') AS doctors
+        FROM pg_stat_activity WHERE datname = current_database()
+    )
     SELECT current_setting('max_connections')::int AS most,
         current_setting('superuser_reserved_connections')::int
             + coalesce(current_setting('reserved_connections', true)::int, 0) AS reserved,
         (SELECT rolconnlimit FROM pg_roles WHERE rolname = current_user) AS role_limit,
         (SELECT datconnlimit FROM pg_database WHERE datname = current_database())
             AS database_limit,
-        count(*) FILTER (WHERE application_name = 'chatterd' AND datname = current_database())
-            AS ours,
-        count(*) FILTER (WHERE application_name <> 'chatterd doctor'
-            AND (application_name <> 'chatterd' OR datname <> current_database())) AS others
-    FROM pg_stat_activity WHERE backend_type = 'client backend'
+        ours,
+        (SELECT sum(numbackends) FROM pg_stat_database)::int - ours - doctors AS others
+    FROM visible
 """
 
 
-async def locks_check(way: Way, long_seconds: float = _LONG_SECONDS) -> list[Finding]:
-    """See whether somebody keeps others from writing, or autovacuum from its work."""
+async def locks_check(
+    way: Way,
+    blocked_seconds: float = settings.DATABASE_TIMEOUT,
+    long_seconds: float = _LONG_SECONDS,
+) -> list[Finding]:
+    """See who has kept others from writing, or autovacuum from its work, for so many seconds."""
     async with way.connected() as connection:
         blockers = await connection.fetch(
-            _BLOCKERS, _LOG_LOCK >> 32, _LOG_LOCK & 0xFFFFFFFF, float(settings.DATABASE_TIMEOUT)
+            _BLOCKERS, _LOG_LOCK >> 32, _LOG_LOCK & 0xFFFFFFFF, blocked_seconds
         )
         old = await connection.fetch(_OLD, long_seconds)
     findings = [
@@ -581,7 +595,7 @@ _TABLES: Final = """
 """
 
 
-async def lag_check(way: Way) -> list[Finding]:
+async def lag_check(way: Way, notice_seconds: float = settings.DATABASE_TIMEOUT) -> list[Finding]:
     """Measure how long a commit takes, and from there until a listener reads of it.
 
     What is committed is a record in PostgreSQL's write-ahead log that nobody reads.
@@ -599,10 +613,10 @@ async def lag_check(way: Way) -> list[Finding]:
             )
             committed = time.perf_counter()
             try:
-                async with asyncio.timeout(settings.DATABASE_TIMEOUT):
+                async with asyncio.timeout(notice_seconds):
                     await heard.wait()
             except TimeoutError:
-                return [_deaf(way)]
+                return [_deaf(way, notice_seconds)]
             await listener.fetchval("SELECT 1")
             commits.append(committed - begin)
             reads.append(time.perf_counter() - committed)
@@ -629,9 +643,9 @@ async def lag_check(way: Way) -> list[Finding]:
     return [ok(found)]
 
 
-def _deaf(way: Way) -> Finding:
+def _deaf(way: Way, seconds: float) -> Finding:
     return fault(
-        f"No notification came within {settings.DATABASE_TIMEOUT} s: streams and waiting requests"
+        f"No notification came within {seconds:g} s: streams and waiting requests"
         " learn of posts late.",
         "If DATABASE_URL leads to a pooler such as PgBouncer, let it lead to PostgreSQL itself: a"
         " pooler that gives connections to each transaction passes no notifications on. Else see"

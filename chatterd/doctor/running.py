@@ -84,7 +84,7 @@ def _failed(ready: httpx2.Response) -> str:
     """Return what a server says is not ready, in its own words."""
     try:
         said = json.loads(ready.content)
-        return str(said.get("detail") or said).rstrip(".")
+        return str(said.get("detail") or said).removeprefix("Not ready: ").rstrip(".")
     except (ValueError, AttributeError):
         return f"it says {ready.text[:100]!r}"
 
@@ -113,13 +113,15 @@ def processes_here() -> int:
     count = 0
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        names = [Path(word).name for word in words[:4]]
-        if "chatterd" in names and names[-1:] and "serve" in words:
+        if "serve" in words and "chatterd" in (Path(word).name for word in words[:4]):
             count += _workers(words)
     return max(1, count)
 
 
 def _workers(words: list[str]) -> int:
+    """Return how many serve for a command line: none for a worker of one that is counted."""
+    if "--fd" in words:
+        return 0
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, _, value = word.partition("=")
         if name == "--workers":
