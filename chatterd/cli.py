@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, NoReturn, TextIO, TypeVar
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from chatterd.backup import Contents
     from chatterd.database import Database
+    from chatterd.doctor import Finding
     from chatterd.media_folder import Tally
 
 T = TypeVar("T")
@@ -44,6 +45,7 @@ examples:
   chatterd serve --host 0.0.0.0             reachable for phones in the same network
   chatterd serve --port 8443 --certfile cert.pem --keyfile key.pem
   DATABASE_URL=postgresql://me@localhost/chatter chatterd migrate
+  chatterd doctor                           what is wrong, and how to mend it
   chatterd media doctor                     are all pictures and videos there, and whole?
   chatterd media sweep --delete             remove what no chatt names any more
   chatterd nginx --server-name chatter.example > /etc/nginx/sites-enabled/chatterd
@@ -51,6 +53,30 @@ examples:
 """
 
 _DOCTOR: Final = """\
+Look for what is wrong, beside a running server or without one, and say how to mend it. Nothing is
+changed. Call it in the server's folder, as its user and with its environment: it looks at what the
+settings say. A line for each check tells ok, warning or fault; the exit status is 1 with a fault.
+
+  settings     do they go together?
+  server       is it ready, and runs with these settings?
+  database     does it answer, and can it be used?
+  privileges   may the role do what the server does?
+  schema       is it that of this version, whole?
+  durability   does what was answered survive a power cut?
+  locks        does anybody keep others from writing?
+  tables       are they clean?
+  lag          how long do a commit and its notification take?
+  clock        does the database's agree with this machine's?
+  connections  are there enough for all processes?
+  disk         is there room?
+  media        are pictures and videos there, and whole? Some are read; with --media all, without a
+               time limit.
+  nginx        does it let through what the server takes?
+               (/etc/nginx/sites-enabled/chatterd or /etc/nginx/conf.d/chatterd.conf)
+  certificate  until when do clients accept it?
+"""
+
+_MEDIA_DOCTOR: Final = """\
 Count what is in MEDIA_ROOT, by state, and what is missing there. Files are read as a whole, to see
 whether they are still what was uploaded. The exit status is 1 when something is missing or corrupt.
 
@@ -109,6 +135,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for chatty in ("alembic", "httpx2", "watchfiles"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports SIGINT
+    except Exception as error:
+        if isinstance(error, _told_in_a_line()):
+            sys.exit(f"chatterd: {error}")
+        raise
+
+
+def _told_in_a_line() -> tuple[type[Exception], ...]:
+    """Return the errors whose message is for the operator."""
     # Late, so that --help needs no usable settings and does not wait for imports.
     from chatterd.archive import BackupError  # noqa: PLC0415
     from chatterd.database import SchemaError, StatementError  # noqa: PLC0415
@@ -116,13 +154,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from chatterd.lifespan import StartError  # noqa: PLC0415
     from chatterd.nginx import NginxError  # noqa: PLC0415
 
-    database_errors = (SchemaError, StatementError, EmbeddedPostgresError)
-    try:
-        options.run(options)
-    except (StartError, MediaError, BackupError, NginxError, *database_errors) as error:
-        sys.exit(f"chatterd: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)  # as a shell reports SIGINT
+    return (
+        BackupError,
+        EmbeddedPostgresError,
+        MediaError,
+        NginxError,
+        SchemaError,
+        StartError,
+        StatementError,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -166,6 +206,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     migrate.set_defaults(run=_migrate)
+
+    _add_doctor(commands)
 
     media = commands.add_parser(
         "media",
@@ -211,15 +253,45 @@ def _add_nginx(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     nginx.set_defaults(run=_nginx)
 
 
-def _add_media_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     doctor = commands.add_parser(
         "doctor",
-        help="count what is there, what is missing, and what is corrupt",
+        help="look for what is wrong, and say how to mend it",
         description=_DOCTOR,
         formatter_class=_Help,
     )
     doctor.add_argument("--json", action="store_true", help="print JSON, for programs")
+    doctor.add_argument("--media", action="store_true", help="read every picture and video")
+    doctor.add_argument(
+        "--nginx", type=Path, metavar="FILE", help="Nginx's configuration, where it is elsewhere"
+    )
+    doctor.add_argument(
+        "--certificate", type=Path, metavar="FILE", help="another certificate (PEM) than Nginx's"
+    )
+    doctor.add_argument(
+        "--url", help="the server's address, like https://localhost:8443 or unix:PATH"
+    )
+    doctor.add_argument(
+        "--processes",
+        type=_count,
+        metavar="NUMBER",
+        help="server processes that share the database, where they are not all on this machine",
+    )
+    doctor.add_argument(
+        "--timeout", type=_count, default=10, metavar="SECONDS", help="for each check"
+    )
     doctor.set_defaults(run=_doctor)
+
+
+def _add_media_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="count what is there, what is missing, and what is corrupt",
+        description=_MEDIA_DOCTOR,
+        formatter_class=_Help,
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON, for programs")
+    doctor.set_defaults(run=_media_doctor)
 
     sweep = commands.add_parser(
         "sweep",
@@ -283,6 +355,12 @@ def _upstream(text: str) -> str:
     return text
 
 
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text[:6]) < 100_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 99999")
+    return int(text)
+
+
 def _seconds(text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 9:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds, 0 to 999999999")
@@ -290,8 +368,8 @@ def _seconds(text: str) -> int:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from chatterd import server, settings  # noqa: PLC0415 - see main
-    from chatterd.listener import Address, Listener  # noqa: PLC0415 - see main
+    from chatterd import server, settings  # noqa: PLC0415 - see _told_in_a_line
+    from chatterd.listener import Address, Listener  # noqa: PLC0415 - see _told_in_a_line
 
     address = Address(
         options.host, options.port, options.certfile, options.keyfile, options.uds, options.fd
@@ -302,7 +380,7 @@ def _serve(options: argparse.Namespace) -> None:
             _serve_and_reload(url)
         return
 
-    from chatterd.app import create_app  # noqa: PLC0415 - see main
+    from chatterd.app import create_app  # noqa: PLC0415 - see _told_in_a_line
 
     with Listener(address) as listener, _database() as url:
         answers_at = listener.url
@@ -336,7 +414,7 @@ def _serve_and_reload(url: "URL") -> None:
 
 
 def _migrate(_options: argparse.Namespace) -> None:
-    from chatterd import database, settings  # noqa: PLC0415 - see main
+    from chatterd import database, settings  # noqa: PLC0415 - see _told_in_a_line
 
     if settings.DATABASE_URL is None:
         with _database():
@@ -347,7 +425,7 @@ def _migrate(_options: argparse.Namespace) -> None:
 
 
 def _nginx(options: argparse.Namespace) -> None:
-    from chatterd import nginx, settings  # noqa: PLC0415 - see main
+    from chatterd import nginx, settings  # noqa: PLC0415 - see _told_in_a_line
 
     site = nginx.Site(
         options.server_name or nginx.default_names(),
@@ -362,7 +440,77 @@ def _nginx(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from chatterd.media_doctor import doctor  # noqa: PLC0415 - see main
+    from chatterd.doctor import Finding, fault  # noqa: PLC0415 - see _told_in_a_line
+
+    findings: list[tuple[str, Finding | None]] = []
+
+    def take(name: str, finding: Finding | None) -> None:
+        findings.append((name, finding))
+        if finding is not None and not options.json:
+            sys.stdout.write(finding.text(name, is_coloured=_is_coloured()))
+            sys.stdout.flush()
+
+    try:
+        from chatterd import settings  # noqa: F401, PLC0415 - whether they can be read
+    except SystemExit as error:
+        found, _, mend = str(error).removeprefix("chatterd: ").partition(" It must be ")
+        take("settings", fault(found, f"It must be {mend}" if mend else "Mend the file."))
+    else:
+        _examine(options, take)
+    levels = [finding.level for _, finding in findings if finding is not None]
+    if options.json:
+        facts = [{"check": name} | finding._asdict() for name, finding in findings if finding]
+        skipped = [name for name, finding in findings if finding is None]
+        healthy = "fault" not in levels
+        report = {"healthy": healthy, "checks": facts, "skipped": skipped}
+        sys.stdout.write(json.dumps(report) + "\n")
+    elif skipped := [name for name, finding in findings if finding is None]:
+        sys.stdout.write(f"Not looked at before that is mended: {', '.join(skipped)}.\n")
+    if "fault" in levels:
+        sys.exit(1)
+
+
+def _examine(options: argparse.Namespace, take: "Callable[[str, Finding | None], None]") -> None:
+    import asyncio  # noqa: PLC0415 - see _told_in_a_line
+
+    from chatterd import settings  # noqa: PLC0415 - see _told_in_a_line
+    from chatterd.doctor.checks import Wishes, examine  # noqa: PLC0415
+    from chatterd.doctor.postgresql import Way  # noqa: PLC0415
+    from chatterd.embedded_home import EmbeddedPostgresError  # noqa: PLC0415
+
+    wishes = Wishes(
+        nginx=options.nginx,
+        certificate=options.certificate,
+        url=options.url,
+        processes=options.processes,
+        reads_all_media=options.media,
+        timeout_seconds=options.timeout,
+    )
+    is_embedded = settings.DATABASE_URL is None
+    data = (_VAR / "postgres").resolve() if is_embedded else None
+
+    async def run(way: Way | EmbeddedPostgresError) -> None:
+        async for name, finding in examine(way, data, wishes):
+            take(name, finding)
+
+    with ExitStack() as stack:
+        try:
+            url = stack.enter_context(_database_beside_a_server(migrated=False))
+        except EmbeddedPostgresError as error:
+            asyncio.run(run(error))
+        else:
+            asyncio.run(run(Way(url, is_embedded)))
+
+
+def _is_coloured() -> bool:
+    """Tell whether the output is a terminal that knows colours (https://no-color.org)."""
+    return (
+        sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    )
+
+
+def _media_doctor(options: argparse.Namespace) -> None:
+    from chatterd.media_doctor import doctor  # noqa: PLC0415 - see _told_in_a_line
 
     report = _with_media(doctor)
     if options.json:
@@ -380,7 +528,7 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from chatterd.media_sweep import Sweep  # noqa: PLC0415 - see main
+    from chatterd.media_sweep import Sweep  # noqa: PLC0415 - see _told_in_a_line
 
     result = _with_media(
         lambda database, root: Sweep(
@@ -399,10 +547,10 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _backup(path: str) -> None:
-    import asyncio  # noqa: PLC0415 - see main
+    import asyncio  # noqa: PLC0415 - see _told_in_a_line
 
-    from chatterd import backup, settings  # noqa: PLC0415 - see main
-    from chatterd.archive import BackupError  # noqa: PLC0415 - see main
+    from chatterd import backup, settings  # noqa: PLC0415 - see _told_in_a_line
+    from chatterd.archive import BackupError  # noqa: PLC0415 - see _told_in_a_line
 
     if path == "-" and sys.stdout.isatty():
         raise BackupError("The standard output is a terminal: name a file, or a program behind |.")
@@ -413,7 +561,7 @@ def _backup(path: str) -> None:
 
 @contextmanager
 def _archive_to_write(path: str) -> Iterator[IO[bytes]]:
-    from chatterd.backup import new_file  # noqa: PLC0415 - see main
+    from chatterd.backup import new_file  # noqa: PLC0415 - see _told_in_a_line
 
     if path == "-":
         with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as file:
@@ -424,7 +572,7 @@ def _archive_to_write(path: str) -> Iterator[IO[bytes]]:
 
 
 def _verify(path: str) -> None:
-    from chatterd import backup  # noqa: PLC0415 - see main
+    from chatterd import backup  # noqa: PLC0415 - see _told_in_a_line
 
     with _archive_to_read(path) as file, _bar(os.fstat(file.fileno()).st_size) as bar:
         contents = backup.verify(file, bar)
@@ -432,11 +580,11 @@ def _verify(path: str) -> None:
 
 
 def _restore(options: argparse.Namespace) -> None:
-    import asyncio  # noqa: PLC0415 - see main
+    import asyncio  # noqa: PLC0415 - see _told_in_a_line
 
-    from chatterd import backup, settings  # noqa: PLC0415 - see main
-    from chatterd.archive import BackupError  # noqa: PLC0415 - see main
-    from chatterd.restore import restore  # noqa: PLC0415 - see main
+    from chatterd import backup, settings  # noqa: PLC0415 - see _told_in_a_line
+    from chatterd.archive import BackupError  # noqa: PLC0415 - see _told_in_a_line
+    from chatterd.restore import restore  # noqa: PLC0415 - see _told_in_a_line
 
     with _archive_to_read(options.file) as file:
         if not file.seekable():
@@ -444,14 +592,14 @@ def _restore(options: argparse.Namespace) -> None:
         with _bar(2 * os.fstat(file.fileno()).st_size) as bar:
             contents = backup.verify(file, bar)
             file.seek(0)
-            with _database_to_fill() as url:
+            with _database(migrated=False) as url:
                 asyncio.run(restore(url, settings.MEDIA_ROOT, file, bar))
     _print_contents(contents, sys.stdout)
 
 
 @contextmanager
 def _archive_to_read(path: str | Path) -> Iterator[IO[bytes]]:
-    from chatterd.archive import BackupError, DamagedError  # noqa: PLC0415 - see main
+    from chatterd.archive import BackupError, DamagedError  # noqa: PLC0415 - see _told_in_a_line
 
     try:
         with open(0 if path == "-" else path, "rb") as file:  # noqa: PTH123 - maybe a descriptor
@@ -465,13 +613,13 @@ def _archive_to_read(path: str | Path) -> Iterator[IO[bytes]]:
 
 def _bar(size: int) -> "tqdm[NoReturn]":
     """Return a bar for so many bytes, which is shown on a terminal."""
-    from tqdm import tqdm  # noqa: PLC0415 - see main
+    from tqdm import tqdm  # noqa: PLC0415 - see _told_in_a_line
 
     return tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False)
 
 
 def _print_contents(contents: "Contents", stream: TextIO) -> None:
-    from chatterd.archive import quoted  # noqa: PLC0415 - see main
+    from chatterd.archive import quoted  # noqa: PLC0415 - see _told_in_a_line
 
     manifest = contents.manifest
     for state, keys in ("missing", manifest.missing_keys), ("corrupt", contents.corrupt_keys):
@@ -500,10 +648,10 @@ def _with_media(work: "Callable[[Database, Path], Coroutine[Any, Any, T]]") -> T
 
     Raises `MediaError`, `SchemaError`, `StatementError`, `EmbeddedPostgresError`.
     """
-    import asyncio  # noqa: PLC0415 - see main
+    import asyncio  # noqa: PLC0415 - see _told_in_a_line
 
-    from chatterd import database, settings  # noqa: PLC0415 - see main
-    from chatterd.errors import DatabaseUnavailable  # noqa: PLC0415 - see main
+    from chatterd import database, settings  # noqa: PLC0415 - see _told_in_a_line
+    from chatterd.errors import DatabaseUnavailable  # noqa: PLC0415 - see _told_in_a_line
 
     # What it logs is about requests; a command says it in its own words.
     logging.getLogger(database.__name__).setLevel(logging.CRITICAL)
@@ -527,15 +675,16 @@ def _with_media(work: "Callable[[Database, Path], Coroutine[Any, Any, T]]") -> T
 
 
 @contextmanager
-def _database_beside_a_server() -> Iterator["URL"]:
+def _database_beside_a_server(*, migrated: bool = True) -> Iterator["URL"]:
     """Yield the database's URL: of the embedded one, which a server may be running or nobody.
 
-    Never of a new one: to it, every file would be an orphan.
+    Never of a new one: to it, every file would be an orphan. Where nobody runs it, it is `migrated`
+    first.
     """
-    from sqlalchemy.engine import make_url  # noqa: PLC0415 - see main
+    from sqlalchemy.engine import make_url  # noqa: PLC0415 - see _told_in_a_line
 
-    from chatterd import embedded, settings  # noqa: PLC0415 - see main
-    from chatterd.embedded_home import EmbeddedPostgresError  # noqa: PLC0415 - see main
+    from chatterd import embedded, settings  # noqa: PLC0415 - see _told_in_a_line
+    from chatterd.embedded_home import EmbeddedPostgresError  # noqa: PLC0415 - see _told_in_a_line
 
     if settings.DATABASE_URL is None:
         if (text := embedded.running(_VAR)) is not None:
@@ -546,37 +695,24 @@ def _database_beside_a_server() -> Iterator["URL"]:
                 f"there is no database in {_VAR / 'postgres'}: work in the server's folder, or set"
                 " DATABASE_URL"
             )
-    with _database() as url:
+    with _database(migrated=migrated) as url:
         yield url
 
 
 @contextmanager
-def _database_to_fill() -> Iterator["URL"]:
-    """Yield the database's URL, whatever schema it has; start the embedded one, or a new one."""
-    from sqlalchemy.engine import make_url  # noqa: PLC0415 - see main
-
-    from chatterd import embedded, settings  # noqa: PLC0415 - see main
-
-    if settings.DATABASE_URL is not None:
-        yield settings.DATABASE_URL
-    else:
-        with embedded.postgres(_VAR, bin_dir=settings.PG_BIN) as text:
-            yield make_url(text)
-
-
-@contextmanager
-def _database() -> Iterator["URL"]:
-    """Yield the database's URL; where none is set, run the embedded one, migrated."""
-    from chatterd import settings  # noqa: PLC0415 - see main
+def _database(*, migrated: bool = True) -> Iterator["URL"]:
+    """Yield the database's URL; where none is set, run the embedded one, `migrated` or as it is."""
+    from chatterd import settings  # noqa: PLC0415 - see _told_in_a_line
 
     if settings.DATABASE_URL is not None:
         yield settings.DATABASE_URL
         return
-    from sqlalchemy.engine import make_url  # noqa: PLC0415 - see main
+    from sqlalchemy.engine import make_url  # noqa: PLC0415 - see _told_in_a_line
 
-    from chatterd import database, embedded  # noqa: PLC0415 - see main
+    from chatterd import database, embedded  # noqa: PLC0415 - see _told_in_a_line
 
     with embedded.postgres(_VAR, bin_dir=settings.PG_BIN) as text:
         url = make_url(text)
-        database.migrate(url)
+        if migrated:
+            database.migrate(url)
         yield url

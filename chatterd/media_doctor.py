@@ -2,9 +2,10 @@
 
 import hashlib
 import os
+import secrets
 import stat
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -92,6 +93,43 @@ async def doctor(database: Database, root: Path) -> Report:
             _list(report.corrupt_keys, corrupt)
     await _find_missing(database, root, report)
     return report
+
+
+async def sample(database: Database, root: Path, most_bytes: int) -> Report:
+    """Look at some of the files that chatts name, and read them up to `most_bytes` in all.
+
+    Their keys are digests: what comes behind any point among them is as good as chosen by lot.
+    Raises as `doctor` does.
+    """
+    report = Report()
+    keys: list[str] = []
+    for after in (secrets.token_hex(8), ""):
+        if len(keys) < PAGE:
+            async with database.transaction() as session:
+                keys += await session.scalars(named_media_after(PAGE), {"after": after})
+    keys = list(dict.fromkeys(keys))[:PAGE]
+    missing = await to_thread.run_sync(without_file, root, keys)
+    if missing:
+        await _count_missing(database, root, report, missing)
+    here = await to_thread.run_sync(_entries, root, set(keys) - set(missing), most_bytes)
+    corrupt = await to_thread.run_sync(_corrupt, root, here)
+    for path, status in here:
+        (report.corrupt if path in corrupt else report.referenced).add(status.st_size)
+    _list(report.corrupt_keys, corrupt)
+    return report
+
+
+def _entries(root: Path, keys: Iterable[str], most_bytes: int) -> Entries:
+    """Return the files of `keys`, of which one alone may have more than `most_bytes`."""
+    entries: list[tuple[str, os.stat_result]] = []
+    for key in keys:
+        with suppress(FileNotFoundError):
+            status = (root / key).lstat()
+            if entries and status.st_size > most_bytes:
+                break
+            most_bytes -= status.st_size
+            entries.append((key, status))
+    return entries
 
 
 async def _find_missing(database: Database, root: Path, report: Report) -> None:

@@ -63,7 +63,7 @@ class Room:
         age = time.monotonic() - self._counted_at
         if age > _COUNT_SECONDS or (self._used + count > total_size and age > _RECOUNT_SECONDS):
             # Some of what is being written is counted twice, none is left out.
-            self._used = _bytes_in(self._root) + self._being_written
+            self._used = bytes_in(self._root) + self._being_written
             self._counted_at = time.monotonic()
         if self._used + count > total_size:
             raise Problem(
@@ -72,13 +72,14 @@ class Room:
             )
 
 
-def _bytes_in(folder: Path) -> int:
+def bytes_in(folder: Path) -> int:
+    """Return how many bytes the files in `folder`, and below it, have together."""
     size = 0
     with os.scandir(folder) as entries:
         for entry in entries:
             try:
                 if entry.is_dir(follow_symlinks=False):
-                    size += _bytes_in(Path(entry.path))
+                    size += bytes_in(Path(entry.path))
                 else:
                     size += entry.stat(follow_symlinks=False).st_size
             except FileNotFoundError:  # moved or removed meanwhile

@@ -1,0 +1,130 @@
+"""The check `server`: what the servers say that run here."""
+
+import json
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+import httpx2
+import psutil
+
+from chatterd import settings
+from chatterd.doctor import Finding, fault, ok, warning
+
+DEFAULT_URL: Final = "http://127.0.0.1:8000"
+SOCKETS: Final = Path("/run/chatterd")
+"""Where the servers of deploy/systemd have their sockets."""
+
+_SECONDS: Final = 5.0
+_START: Final = "sudo systemctl start 'chatterd@*' --all"
+
+
+async def server_check(address: str | None) -> list[Finding]:
+    """Ask the server at `address`, a URL or unix:PATH; without one, those that may be here."""
+    addresses = (
+        [address] if address else [f"unix:{path}" for path in sorted(SOCKETS.glob("*.sock"))]
+    )
+    findings, ready = [], []
+    for each in addresses or [DEFAULT_URL]:
+        finding = await _ask(each)
+        if finding is None:
+            ready.append(each)
+        elif addresses:
+            findings.append(finding)
+        else:
+            return [ok(f"none at {DEFAULT_URL}; --url names another")]
+    return findings or [ok(f"ready at {', '.join(ready)}")]
+
+
+async def _ask(address: str) -> Finding | None:
+    """Return what is wrong with a server, or None. Where nobody answers, that is a fault."""
+    socket = address.removeprefix("unix:")
+    transport = httpx2.AsyncHTTPTransport(uds=socket) if socket != address else None
+    base_url = "http://localhost" if transport else address
+    try:
+        async with httpx2.AsyncClient(
+            base_url=base_url, transport=transport, timeout=_SECONDS, trust_env=False
+        ) as client:
+            headers = {"host": host} if (host := _host()) else {}
+            ready = await client.get("/readyz", headers=headers)
+            limits = await client.get("/v1/limits", headers=headers)
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+        return fault(
+            f"The server at {address} does not answer: {error or type(error).__name__}.",
+            "See why, and start it:",
+            "sudo journalctl -u 'chatterd@*' -n 50",
+            _START,
+        )
+    if ready.status_code == 503:
+        return fault(
+            f"The server at {address} is not ready: {_failed(ready)}.",
+            "Mend what the other checks find. If they find nothing, start it anew:",
+            "sudo systemctl restart 'chatterd@*'",
+        )
+    if ready.status_code != 200:
+        return warning(
+            f"{address} answers /readyz with {ready.status_code}: it is no chatterd of this"
+            " version.",
+            "Name the right address with --url; after an update, start the servers anew:",
+            "sudo systemctl restart 'chatterd@*'",
+        )
+    return _other_limits(address, limits)
+
+
+def _host() -> str | None:
+    """Return a name that ALLOWED_HOSTS allows; None where it allows any."""
+    if "*" in settings.ALLOWED_HOSTS:
+        return None
+    public = urlsplit(settings.PUBLIC_URL or "").hostname
+    named = (host for host in settings.ALLOWED_HOSTS if not host.startswith("*"))
+    return public or next(named, settings.ALLOWED_HOSTS[0].replace("*", "doctor"))
+
+
+def _failed(ready: httpx2.Response) -> str:
+    """Return what a server says is not ready, in its own words."""
+    try:
+        said = json.loads(ready.content)
+        return str(said.get("detail") or said).removeprefix("Not ready: ").rstrip(".")
+    except (ValueError, AttributeError):
+        return f"it says {ready.text[:100]!r}"
+
+
+def _other_limits(address: str, limits: httpx2.Response) -> Finding | None:
+    """Compare the limits that a server runs with to those that are set here."""
+    try:
+        theirs = dict(json.loads(limits.content))
+    except (ValueError, TypeError):
+        theirs = {}
+    for name, value in theirs.items():
+        ours = getattr(settings, name.upper(), value)
+        if ours != value:
+            return warning(
+                f"The server at {address} has {name.upper()}={value}, the settings here say"
+                f" {ours}.",
+                "Look from the server's folder and with its environment; if these are its"
+                " settings, start it anew:",
+                "sudo systemctl restart 'chatterd@*'",
+            )
+    return None
+
+
+def processes_here() -> int:
+    """Return how many processes serve on this machine, by their command lines; at least 1."""
+    count = 0
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "serve" in words and "chatterd" in (Path(word).name for word in words[:4]):
+            count += _workers(words)
+    return max(1, count)
+
+
+def _workers(words: list[str]) -> int:
+    """Return how many serve for a command line: none for a worker of one that is counted."""
+    if "--fd" in words:
+        return 0
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name == "--workers":
+            number = value or following
+            return int(number) if number.isdecimal() else 1
+    return 1
