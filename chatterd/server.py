@@ -34,9 +34,9 @@ _CUT_SECONDS: Final = 0.3
 # What the application may take to close, when all connections are. Whatever is posted is stored by
 # then, unless the database hangs.
 _CLOSE_SECONDS: Final = 2.0
-# What has just been accepted has become a connection after a few turns of the event loop; with TLS,
-# when both sides have shaken hands.
-_OPENING_SECONDS: Final = 0.05
+# What has just been accepted has become a connection after a few turns of the event loop, however
+# long they take; with TLS, when both sides have shaken hands.
+_OPENING_TURNS: Final = 20
 _TLS_OPENING_SECONDS: Final = 1.0
 # How long a TLS connection that we close waits for the client's own goodbye; asyncio's 30 seconds
 # would outlast the stop.
@@ -97,6 +97,12 @@ class _Loop(uvloop.Loop):
         # One who has left, or shakes no hands, is no fault.
         self._adopted = asyncio.gather(*map(self._adopt, accepted), return_exceptions=True)
 
+    async def adopted(self) -> None:
+        """Wait until whoever was accepted last has become a connection."""
+        await asyncio.wait({self._adopted}, timeout=_TLS_OPENING_SECONDS)
+        for _ in range(_OPENING_TURNS):
+            await asyncio.sleep(0)
+
 
 class _Stop:
     """The signals that have come: the first asks to stop, the second to stop at once."""
@@ -152,7 +158,8 @@ async def serve(app: Edge, listener: Listener, on_ready: Callable[[], None]) -> 
         app.stopping.set()
         connections.draining.set()
         loop.stop_accepting(listener)
-        await asyncio.sleep(_TLS_OPENING_SECONDS if listener.address.certfile else _OPENING_SECONDS)
+        await loop.adopted()
+        await asyncio.sleep(_TLS_OPENING_SECONDS if listener.address.certfile else 0)
         await _first(
             connections.none_open(), stop.hurried.wait(), seconds=settings.SHUTDOWN_TIMEOUT
         )
