@@ -193,6 +193,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--keyfile", type=Path, metavar="FILE", help="the certificate's key (PEM)")
     serve.add_argument(
+        "--workers",
+        type=_workers,
+        default=1,
+        metavar="N",
+        help="processes that serve; SIGHUP replaces them one by one, for new code and settings",
+    )
+    serve.add_argument(
         "--reload", action="store_true", help="start anew when the code changes, for development"
     )
     serve.set_defaults(run=_serve)
@@ -361,6 +368,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _workers(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 256:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes, 1 to 256")
+    return int(text)
+
+
 def _seconds(text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 9:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds, 0 to 999999999")
@@ -380,8 +393,6 @@ def _serve(options: argparse.Namespace) -> None:
             _serve_and_reload(url)
         return
 
-    from chatterd.app import create_app  # noqa: PLC0415 - see _told_in_a_line
-
     with Listener(address) as listener, _database() as url:
         answers_at = listener.url
 
@@ -395,7 +406,19 @@ def _serve(options: argparse.Namespace) -> None:
             sys.stdout.write("\n".join(lines) + "\n")
             sys.stdout.flush()
 
-        server.run(create_app(url), listener, announce)
+        if options.workers > 1:
+            from chatterd import supervisor  # noqa: PLC0415 - see _told_in_a_line
+
+            variables = {}
+            if settings.DATABASE_URL is None:  # else they read it themselves, from .env perhaps
+                variables["DATABASE_URL"] = url.render_as_string(hide_password=False)
+            supervisor.run(listener, options.workers, variables, announce)
+            return
+
+        from chatterd.app import create_app  # noqa: PLC0415 - see _told_in_a_line
+
+        on_ready = announce if options.fd is None else lambda: None  # else the supervisor does
+        server.run(create_app(url), listener, on_ready)
 
 
 def _serve_and_reload(url: "URL") -> None:

@@ -18,6 +18,8 @@ def notify(*lines: str) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.setblocking(False)
             sender.sendto("\n".join(lines).encode(), address)
+    except ConnectionRefusedError:
+        pass  # there is nobody any more
     except OSError as error:
         logger.warning("%s cannot be told: %s", lines[0], error.strerror)
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -93,15 +93,21 @@ class Server:
     """A running server in a working directory of its own.
 
     `settings` are environment variables, `options` further arguments of `serve`. With no
-    DATABASE_URL among the settings it runs its embedded database.
+    DATABASE_URL among the settings it runs its embedded database. `program` is what Python runs.
     """
 
-    def __init__(self, folder: Path, *options: str, **settings: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        program: Sequence[str] = ("-m", "chatterd"),
+        **settings: str,
+    ) -> None:
         self.folder = folder
         self.media = Path(settings.get("MEDIA_ROOT", folder / "var" / "media"))
         self._log = (folder / "stderr").open("ab")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "chatterd", "serve", "--port", "0", *options],
+            [sys.executable, *program, "serve", "--port", "0", *options],
             cwd=folder,
             env=environment(folder, **settings),
             stdin=subprocess.DEVNULL,
