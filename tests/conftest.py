@@ -40,6 +40,12 @@ assert THROUGH in {"", "nginx", "nginx-h2"}, THROUGH
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if THROUGH and (direct := item.get_closest_marker("direct")):
+            item.add_marker(pytest.mark.skip(reason=direct.kwargs["reason"]))
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
@@ -178,7 +184,7 @@ def _through_nginx(server: Server, folder: Path) -> Iterator[None]:
     certificate = Certificate(folder)
     with (
         pytest.MonkeyPatch.context() as patch,
-        Nginx(folder, server.url, certificate=certificate, MEDIA_ROOT=str(server.media)) as nginx,
+        Nginx(folder, server.url, certificate=certificate, media=server.media) as nginx,
     ):
         # OpenSSL reads it, and so does every client here.
         patch.setenv("SSL_CERT_FILE", str(certificate.authority))
