@@ -356,6 +356,8 @@ error_page 414 /.chatterd/problem;
 error_page 494 =431 /.chatterd/problem;
 error_page 403 404 413 500 502 503 504 507 @problem;
 error_page 405 = @chatterd;
+# What is left to the server may find no server.
+recursive_error_pages on;
 types {}
 default_type application/problem+json;
 

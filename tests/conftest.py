@@ -62,6 +62,12 @@ def _keep_temporary_files_in_memory() -> None:
 _keep_temporary_files_in_memory()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if THROUGH and (direct := item.get_closest_marker("direct")):
+            item.add_marker(pytest.mark.skip(reason=direct.kwargs["reason"]))
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
@@ -200,7 +206,7 @@ def _through_nginx(server: Server, folder: Path) -> Iterator[None]:
     certificate = Certificate(folder)
     with (
         pytest.MonkeyPatch.context() as patch,
-        Nginx(folder, server.url, certificate=certificate, MEDIA_ROOT=str(server.media)) as nginx,
+        Nginx(folder, server.url, certificate=certificate, media=server.media) as nginx,
     ):
         # OpenSSL reads it, and so does every client here.
         patch.setenv("SSL_CERT_FILE", str(certificate.authority))

@@ -20,6 +20,7 @@ from chatterd import nginx
 from tests.process import ROOT, STOP_SECONDS, run, wait_until
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from types import TracebackType
 
 PROGRAM = "/usr/sbin/nginx"
@@ -70,25 +71,35 @@ class Certificate:
 
 
 class Nginx:
-    """A running Nginx. `settings` are those of the servers behind it.
+    """A running Nginx. It must end without having met a fault.
 
-    `upstreams` are their addresses, or their URLs. It must end without having met a fault.
+    `upstreams` are the addresses of servers, or their URLs, `media` is their folder, and `settings`
+    are theirs as far as they are not the default ones.
     """
 
     def __init__(
-        self, folder: Path, *upstreams: str, certificate: Certificate | None = None, **settings: str
+        self,
+        folder: Path,
+        *upstreams: str,
+        certificate: Certificate | None = None,
+        media: Path = Path("/nowhere"),
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         port, http_port = free_ports(2)
-        words = [f"--upstream={urlsplit(each).netloc or each}" for each in upstreams]
-        words += [f"--port={port}", f"--http-port={http_port}", "--server-name=127.0.0.1"]
-        if certificate is not None:
-            words += [f"--certificate={certificate.chain}", f"--certificate-key={certificate.key}"]
-        printed = run(folder, "nginx", *words, **settings)
-        assert printed.returncode == 0, printed.stderr
+        site = nginx.Site(
+            ("127.0.0.1",),
+            tuple(urlsplit(each).netloc or each for each in upstreams),
+            media,
+            None if certificate is None else certificate.chain,
+            None if certificate is None else certificate.key,
+            port,
+            http_port,
+        )
         self.http_url = f"http://127.0.0.1:{http_port}"
         self.url = self.http_url if certificate is None else f"https://127.0.0.1:{port}"
-        write_configuration(folder, printed.stdout)
+        text = printed(folder, site, settings) if settings else nginx.whole(site)
+        write_configuration(folder, text)
         with (folder / "output").open("wb") as output:
             self.process = subprocess.Popen(
                 [PROGRAM, "-p", str(folder), "-c", str(folder / "nginx.conf")],
@@ -116,6 +127,7 @@ class Nginx:
     def stop(self) -> None:
         self.process.terminate()
         assert self.process.wait(STOP_SECONDS) == 0, self.log
+        # That an instance is away is no fault, although Nginx calls it critical.
         faults = [
             line
             for line in self.log.splitlines()
@@ -133,6 +145,18 @@ class Nginx:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
+
+
+def printed(folder: Path, site: nginx.Site, settings: Mapping[str, str]) -> str:
+    """Return what the command prints for the site, with settings that are not the default ones."""
+    words = [f"--upstream={each}" for each in site.upstreams]
+    words += [f"--server-name={each}" for each in site.names]
+    words += [f"--port={site.port}", f"--http-port={site.http_port}"]
+    if site.certificate:
+        words += [f"--certificate={site.certificate}", f"--certificate-key={site.certificate_key}"]
+    done = run(folder, "nginx", *words, **{"MEDIA_ROOT": str(site.media_root), **settings})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def write_configuration(folder: Path, site: str) -> None:

@@ -42,8 +42,11 @@ OPERATIONS = [
     if method != "parameters"
 ]
 WEB_SOCKET = "/v1/ws"
-# What every HTTP answer may have, whatever it is.
-COMMON_HEADERS = {"content-type", "content-length", "date", "transfer-encoding"}
+# What every HTTP answer may have, whatever it is; the last two come from Nginx.
+COMMON_HEADERS = {
+    *("content-type", "content-length", "date", "transfer-encoding"),
+    *("connection", "server"),
+}
 # RFC 6455 §4.2.2.
 WEB_SOCKET_HEADERS = {"connection", "upgrade", "sec-websocket-accept"}
 

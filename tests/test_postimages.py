@@ -523,6 +523,7 @@ def endless_upload() -> Iterator[bytes]:
         yield b"10000\r\n" + bytes(65536) + b"\r\n"
 
 
+@pytest.mark.direct(reason="Nginx takes a form of any kind up to the limit of all forms")
 @pytest.mark.usefixtures("client")
 async def test_a_file_without_end_is_refused_soon_after_the_limit(
     server: Server, database: Connection
@@ -599,6 +600,7 @@ async def test_a_form_made_to_exhaust_the_server_is_refused(
     await assert_nothing_is_left(server, database)
 
 
+@pytest.mark.direct(reason="the server never hears of a client that leaves Nginx half-way")
 @pytest.mark.parametrize("framing", ["Content-Length: 5000000", "Transfer-Encoding: chunked"])
 async def test_a_client_that_leaves_half_way_leaves_nothing(
     server: Server, client: httpx2.AsyncClient, database: Connection, framing: str
