@@ -9,9 +9,11 @@ import asyncio
 import gzip
 import importlib.util
 import json
+import os
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tracemalloc
@@ -35,6 +37,7 @@ from chatterd.feed import Feed
 from tests.conftest import client_of, connected, dsn
 from tests.multipart import Answer, Wire, connect
 from tests.process import DEADLINE_SECONDS, Cluster, Server
+from tests.test_media_crash import forking_servers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 
     from tests.conftest import StartServer
     from tests.multipart import Connection
+    from tests.test_media_crash import Forked
 
 ROUTES = ["/getchatts", "/getimages"]
 PATHS = ["/getchatts", "/getchatts/", "/getimages", "/getimages/"]
@@ -772,10 +776,10 @@ async def test_the_smallest_pool_is_enough(
 
 
 async def test_what_a_killed_server_has_answered_is_there_once(
-    own_database: str, psql: Connection, start_server: StartServer
+    own_database: str, psql: Connection, tmp_path: Path
 ) -> None:
     kills, clients = 50, 8
-    servers: list[Server] = [start_server(DATABASE_URL=own_database)]
+    servers: list[Forked] = []
     answered: set[str] = set()
     finished = asyncio.Event()
 
@@ -795,22 +799,24 @@ async def test_what_a_killed_server_has_answered_is_there_once(
                 while servers[-1].url == url and not finished.is_set():  # noqa: ASYNC110 - servers have no event
                     await asyncio.sleep(0.01)
 
-    chats = [asyncio.create_task(chat(client)) for client in range(clients)]
-    try:
-        for _ in range(kills):
-            enough = len(answered) + 20
-            with anyio.fail_after(DEADLINE_SECONDS):
-                while len(answered) < enough:  # noqa: ASYNC110 - a count has no event
-                    await asyncio.sleep(0.001)
-            servers[-1].kill()
-            servers.append(await asyncio.to_thread(start_server, DATABASE_URL=own_database))
-    finally:
-        finished.set()
-        await asyncio.gather(*chats)
-    assert len(answered) >= 20 * kills
-    async with client_of(servers[-1]) as client:
-        shown = Counter(row[1] for row in (await client.get("/getchatts")).json())
-        await assert_exact(client, psql, FORMS[0])
+    with forking_servers(tmp_path, DATABASE_URL=own_database) as start:
+        servers.append(start())
+        chats = [asyncio.create_task(chat(client)) for client in range(clients)]
+        try:
+            for _ in range(kills):
+                enough = len(answered) + 20
+                with anyio.fail_after(DEADLINE_SECONDS):
+                    while len(answered) < enough:  # noqa: ASYNC110 - a count has no event
+                        await asyncio.sleep(0.001)
+                os.kill(servers[-1].pid, signal.SIGKILL)
+                servers.append(await asyncio.to_thread(start))
+        finally:
+            finished.set()
+            await asyncio.gather(*chats)
+        assert len(answered) >= 20 * kills
+        async with httpx2.AsyncClient(base_url=servers[-1].url, timeout=60) as client:
+            shown = Counter(row[1] for row in (await client.get("/getchatts")).json())
+            await assert_exact(client, psql, FORMS[0])
     assert answered - shown.keys() == set()
     assert [message for message, count in shown.items() if count > 1] == []
 
@@ -1011,13 +1017,11 @@ async def test_a_page_of_an_empty_feed_links_to_what_will_come(
     assert row[1] == "hi"
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("cached", [True, False])
 async def test_a_page_is_the_rows_before_or_after_a_chatt_or_the_newest(
     own_database: str,
     psql: Connection,
     start_server: StartServer,
-    path: str,
     cached: bool,  # noqa: FBT001 - a parameter of the test's table
 ) -> None:
     await psql.execute(INSERT_MANY.format(600))
@@ -1025,30 +1029,36 @@ async def test_a_page_is_the_rows_before_or_after_a_chatt_or_the_newest(
         await psql.execute(TIE.format("2026-06-01", 2100))
         await psql.execute("UPDATE chatts SET image = 'key.jpg'")
     async with client_of(start_server(DATABASE_URL=own_database)) as client:
-        rows = (await client.get(path)).json()
-        middle = len(rows) // 2
+        for path in PATHS:
+            await assert_pages(client, path)
 
-        async def page(**query: object) -> list[list[str]]:
-            response = await client.get(path, params=httpx2.QueryParams(query))  # type: ignore[arg-type]
-            assert response.status_code == 200, response.content
-            assert response.headers["content-type"] == "application/json"
-            found: list[list[str]] = response.json()
-            return found
 
-        bound = rows[middle][2]
-        assert await page(limit=1) == rows[-1:]
-        assert await page(limit=50) == rows[-50:]
-        assert await page(limit="050") == rows[-50:]
-        assert await page(limit=500) == rows[-500:]
-        assert await page(before=bound) == rows[middle - 50 : middle]
-        assert await page(after=bound) == rows[middle + 1 : middle + 51]
-        assert await page(before=bound.upper()) == rows[middle - 50 : middle]
-        assert await page(limit=7, before=bound) == rows[middle - 7 : middle]
-        assert await page(limit=7, after=bound) == rows[middle + 1 : middle + 8]
-        assert await page(limit=3, before=rows[1][2]) == rows[:1]
-        assert await page(limit=3, after=rows[-2][2]) == rows[-1:]
-        assert await page(before=rows[0][2]) == []
-        assert await page(after=rows[-1][2]) == []
+async def assert_pages(client: httpx2.AsyncClient, path: str) -> None:
+    """Check pages of every kind against the whole feed."""
+    rows = (await client.get(path)).json()
+    middle = len(rows) // 2
+
+    async def page(**query: object) -> list[list[str]]:
+        response = await client.get(path, params=httpx2.QueryParams(query))  # type: ignore[arg-type]
+        assert response.status_code == 200, response.content
+        assert response.headers["content-type"] == "application/json"
+        found: list[list[str]] = response.json()
+        return found
+
+    bound = rows[middle][2]
+    assert await page(limit=1) == rows[-1:]
+    assert await page(limit=50) == rows[-50:]
+    assert await page(limit="050") == rows[-50:]
+    assert await page(limit=500) == rows[-500:]
+    assert await page(before=bound) == rows[middle - 50 : middle]
+    assert await page(after=bound) == rows[middle + 1 : middle + 51]
+    assert await page(before=bound.upper()) == rows[middle - 50 : middle]
+    assert await page(limit=7, before=bound) == rows[middle - 7 : middle]
+    assert await page(limit=7, after=bound) == rows[middle + 1 : middle + 8]
+    assert await page(limit=3, before=rows[1][2]) == rows[:1]
+    assert await page(limit=3, after=rows[-2][2]) == rows[-1:]
+    assert await page(before=rows[0][2]) == []
+    assert await page(after=rows[-1][2]) == []
 
 
 @pytest.mark.parametrize("path", PATHS)
