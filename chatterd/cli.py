@@ -1,6 +1,7 @@
 """The `chatterd` command."""
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -78,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for chatty in ("alembic", "httpx2", "watchfiles"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # Nothing of what is imported is garbage; looking for it often would be a tenth of the start.
+    gc.set_threshold(20_000)
     # Late, so that --help needs no usable settings and does not wait for imports.
     from chatterd.database import SchemaError, StatementError  # noqa: PLC0415
     from chatterd.embedded_home import EmbeddedPostgresError  # noqa: PLC0415
