@@ -1,6 +1,7 @@
 """The `chatterd` command."""
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -135,6 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for chatty in ("alembic", "httpx2", "watchfiles"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # Nothing of what is imported is garbage; looking for it often would be a tenth of the start.
+    gc.set_threshold(20_000)
     try:
         options.run(options)
     except KeyboardInterrupt:

@@ -3,10 +3,11 @@
     python -m tests.forking_server
 
 For each line on its standard input it prints the process id and the address of a new server. The
-server before it must have been killed. It ends with its input.
+server before it must have been killed. With its input it ends, and kills the last one.
 """
 
 import os
+import signal
 import sys
 
 from chatterd import server, settings
@@ -25,6 +26,7 @@ def main() -> None:
             _serve()
             os._exit(1)
     if before is not None:
+        os.kill(before, signal.SIGKILL)
         os.waitpid(before, 0)
 
 

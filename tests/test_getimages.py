@@ -11,14 +11,27 @@ import pytest
 
 from tests.conftest import client_of
 from tests.multipart import encode, fields, form_type, image, problem, video
+from tests.process import Server
 from tests.samples import JPEG, MP4
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import httpx2
 
-    from tests.multipart import Connection, Server, StartServer
+    from tests.multipart import Connection, StartServer
 
 SLASHES = ["/getimages", "/getimages/"]
+
+
+@pytest.fixture(scope="module")
+def chatter_example(
+    database_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server that answers under this name alone."""
+    settings = {"DATABASE_URL": database_url, "ALLOWED_HOSTS": "chatter.example"}
+    with Server(tmp_path_factory.mktemp("chatter.example"), **settings) as server:
+        yield server
 
 
 async def post_both(client: httpx2.AsyncClient, **headers: str) -> None:
@@ -134,11 +147,10 @@ async def test_the_public_url_is_used_whatever_the_host(
 @pytest.mark.parametrize("path", ["/getimages", "/getchatts", "/media/x.jpg", "/nowhere"])
 @pytest.mark.parametrize("host", ["evil.example", "chatter.example.evil.example", "chatter.exampl"])
 async def test_a_host_that_is_not_allowed_is_refused(
-    start_server: StartServer, database: Connection, host: str, path: str
+    chatter_example: Server, database: Connection, host: str, path: str
 ) -> None:
     await database.execute("TRUNCATE chatts")
-    server = start_server(ALLOWED_HOSTS="chatter.example")
-    async with client_of(server) as client:
+    async with client_of(chatter_example) as client:
         problem(await client.get(path, headers={"Host": host}), 400)
         posted = await client.post(
             "/postchatt", json={"name": "ann", "message": "hi"}, headers={"Host": host}
@@ -148,11 +160,10 @@ async def test_a_host_that_is_not_allowed_is_refused(
 
 
 async def test_an_allowed_host_is_answered_with_urls_of_its_own(
-    start_server: StartServer, database: Connection
+    chatter_example: Server, database: Connection
 ) -> None:
     await database.execute("TRUNCATE chatts")
-    server = start_server(ALLOWED_HOSTS="chatter.example")
-    async with client_of(server) as client:
+    async with client_of(chatter_example) as client:
         await post_both(client, Host="chatter.example")
         for host in ("chatter.example", "chatter.example:8443", "Chatter.Example"):
             (row,) = (await client.get("/getimages", headers={"Host": host})).json()

@@ -12,10 +12,13 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 from alembic import command
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import select
+from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
+from chatterd import database
 from chatterd.models import Base, Chatt, feed_page
 from tests.check_migrations import alembic_config
 from tests.conftest import connected
@@ -101,6 +104,11 @@ async def test_the_alembic_command_says_in_one_line_why_it_adopts_nothing(
 
 async def test_models_and_migrations_agree(own_database: str) -> None:
     await asyncio.to_thread(command.check, alembic_config(own_database, io.StringIO()))
+
+
+def test_the_head_is_what_alembic_says() -> None:
+    config = database.alembic_config(URL.create("postgresql"))
+    assert database.head_revision() == ScriptDirectory.from_config(config).get_current_head()
 
 
 async def test_every_constraint_and_index_has_the_name_that_the_convention_gives(
