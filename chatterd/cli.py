@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from sqlalchemy.engine import URL, make_url
 
-from chatterd import __version__
+from chatterd import __version__, logs
 
 if TYPE_CHECKING:
     from chatterd.database import Database
@@ -72,11 +72,7 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 1 and one line on an error, 2 on a wrong call."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    logs.configure("info", "text")
     for chatty in ("alembic", "httpx2", "watchfiles"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # Late, so that --help needs no usable settings and does not wait for imports.
@@ -184,6 +180,7 @@ def _seconds(text: str) -> int:
 def _serve(options: argparse.Namespace) -> None:
     from chatterd import server, settings  # noqa: PLC0415 - see main
 
+    logs.configure(settings.LOG_LEVEL, settings.LOG_FORMAT)
     address = server.Address(options.host, options.port, options.certfile, options.keyfile)
     server.check_tls(address)
     if options.reload:

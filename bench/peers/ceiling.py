@@ -28,7 +28,7 @@ def main() -> None:
     """Serve until SIGTERM."""
     port, file = sys.argv[1:]
     address = server.Address("127.0.0.1", int(port))
-    app = _Bare(_constants(Path(file).read_bytes()), ("*",), asyncio.Event())
+    app = _Bare(_constants(Path(file).read_bytes()), ("*",), asyncio.Event(), {})
     with server.listen(address) as listener:
         server.run(app, listener, address, lambda: None)
 
