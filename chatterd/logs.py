@@ -28,7 +28,7 @@ WAITS: Final = "chatterd.waits"
 """Where a scope says for what kind of wait a request is: its time tells nothing of the server."""
 
 _WRITE_SECONDS: Final = 0.2
-_LINES_MAX: Final = 20_000
+LINES_MAX: Final = 20_000
 _WORD_MAX: Final = 50
 _PATH_MAX: Final = 200
 # What would end a line, or move a terminal's cursor: ASCII's controls, and those of Unicode that
@@ -47,7 +47,7 @@ class _Record(msgspec.Struct, omit_defaults=True):
     traceback: str = ""
 
 
-class _Output:
+class Output:
     """Lines on their way to a file descriptor, a bounded number; may be used in any thread."""
 
     def __init__(self, descriptor: int) -> None:
@@ -65,7 +65,7 @@ class _Output:
 
     def put(self, line: bytes) -> None:
         """Have a line written soon; drop it if those before it do not go."""
-        if len(self._lines) >= _LINES_MAX:
+        if len(self._lines) >= LINES_MAX:
             self.dropped += 1
             return
         self._lines.append(line)
@@ -112,7 +112,7 @@ def _pieces(lines: list[bytes]) -> list[bytes]:
 class _Handler(logging.Handler):
     """Passes records on, and has them written at once: what follows them may be the end."""
 
-    def __init__(self, output: _Output, line_of: Callable[[_Record], bytes]) -> None:
+    def __init__(self, output: Output, line_of: Callable[[_Record], bytes]) -> None:
         super().__init__()
         self._output = output
         self._line_of = line_of
@@ -149,7 +149,7 @@ class Requests:
     client waited for something, as in a stream; aborted where the answer did not come to its end.
     """
 
-    def __init__(self, output: _Output, *, is_json: bool) -> None:
+    def __init__(self, output: Output, *, is_json: bool) -> None:
         self._output = output
         self._is_json = is_json
 
@@ -215,7 +215,7 @@ def _described(
 
 requests: Requests | None = None
 """Where requests are logged; None where they are not."""
-_outputs: Final[list[_Output]] = []
+_outputs: Final[list[Output]] = []
 
 
 def configure(level: str, form: str) -> None:
@@ -224,7 +224,7 @@ def configure(level: str, form: str) -> None:
     `level` and `form` are as LOG_LEVEL and LOG_FORMAT have them; `requests` is there for info.
     """
     global requests  # noqa: PLW0603 - as logging's own, it is the process's
-    output = _Output(sys.stderr.fileno())
+    output = Output(sys.stderr.fileno())
     _outputs[:] = [output]
     is_json = form == "json" or (form == "auto" and not sys.stderr.isatty())
     handler = _Handler(output, _as_json if is_json else _as_text)

@@ -348,5 +348,8 @@ def exposition(accept: str) -> tuple[bytes, str]:
     if _is_one_of_several:
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call] # prometheus-client's
-    encode, media_type = choose_encoder(accept)
+    try:
+        encode, media_type = choose_encoder(accept)
+    except (TypeError, ValueError):  # a version that is no number
+        encode, media_type = choose_encoder("")
     return encode(registry), media_type
