@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from chatterd import settings
 from chatterd.edge import Edge
 from chatterd.lifespan import lifespan
-from chatterd.routes import routes
+from chatterd.routes import TEMPLATES, routes
 
 
 class _Starlette(Starlette):
@@ -32,6 +32,8 @@ class _Starlette(Starlette):
 
         def find(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
             endpoint = endpoints.get(scope["path"]) if scope["type"] == "http" else None
+            if endpoint:
+                scope["endpoint"] = endpoint  # as the router does
             found: Awaitable[None] = (endpoint or self.router)(scope, receive, send)
             return found
 
@@ -50,7 +52,7 @@ def create_app(database_url: URL | None) -> Edge:
     # 404 and not a redirect for a path that differs by a slash: every route has both forms.
     starlette.router.redirect_slashes = False
     starlette.router.default = _not_found
-    return Edge(starlette, settings.ALLOWED_HOSTS, stopping)
+    return Edge(starlette, settings.ALLOWED_HOSTS, stopping, TEMPLATES)
 
 
 app = create_app(settings.DATABASE_URL)

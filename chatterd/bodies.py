@@ -10,8 +10,8 @@ import os
 import sys
 import types
 import uuid
-from collections.abc import AsyncIterator, Callable, Generator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
@@ -24,7 +24,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
-from chatterd import metadata, settings
+from chatterd import metadata, metrics, settings
 from chatterd.errors import Problem
 from chatterd.media import SLOTS, SNIFF_SIZE, Kind, MediaStore, Slot, Upload, sniff
 
@@ -125,7 +125,7 @@ async def received_form(
     of the wrong kind or broken, 503 when too many arrive already, 507 when there is no room for
     its files; `OSError` when the disk refuses.
     """
-    with media.uploading():
+    with _refusals_counted(), media.uploading():
         receiver = _FormReceiver(headers, media)
         try:
             await receiver.receive(_limited(headers, _in_time(stream), FORM_MAX_SIZE))
@@ -134,6 +134,15 @@ async def received_form(
             # Must finish although the request may be being cancelled.
             with anyio.CancelScope(shield=True):
                 await to_thread.run_sync(_remove, receiver.parts)
+
+
+@contextmanager
+def _refusals_counted() -> Iterator[None]:
+    try:
+        yield
+    except Problem as problem:
+        metrics.UPLOADS_REFUSED.labels(problem.code).inc()
+        raise
 
 
 async def _in_time(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -304,6 +313,7 @@ class _FilePart:
     async def write(self, data: bytes) -> None:
         """Take the next bytes; what passes the limit is never written."""
         self._size += len(data)
+        metrics.UPLOAD_BYTES.count += len(data)
         if self._size > settings.MEDIA_MAX_SIZE:
             raise Problem(
                 f"{self._slot}-too-large",

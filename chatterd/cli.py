@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, NoReturn, TextIO, TypeVar
 
-from chatterd import __version__
+from chatterd import __version__, logs
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
@@ -129,11 +129,7 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 1 and one line on an error, 2 on a wrong call."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    logs.configure("info", "text")
     for chatty in ("alembic", "httpx2", "watchfiles"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # Nothing of what is imported is garbage; looking for it often would be a tenth of the start.
@@ -387,6 +383,7 @@ def _serve(options: argparse.Namespace) -> None:
     from chatterd import server, settings  # noqa: PLC0415 - see _told_in_a_line
     from chatterd.listener import Address, Listener  # noqa: PLC0415 - see _told_in_a_line
 
+    logs.configure(settings.LOG_LEVEL, settings.LOG_FORMAT)
     address = Address(
         options.host, options.port, options.certfile, options.keyfile, options.uds, options.fd
     )

@@ -2,16 +2,17 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import asyncpg
 from sqlalchemy import ClauseElement, event, exc, text
 from sqlalchemy.dialects.postgresql.asyncpg import dialect as asyncpg_dialect
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, ExceptionContext
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
     AsyncEngine,
@@ -19,9 +20,10 @@ from sqlalchemy.ext.asyncio import (
     async_sessionmaker,
     create_async_engine,
 )
+from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
 from sqlalchemy.sql.compiler import SQLCompiler
 
-from chatterd import settings
+from chatterd import metrics, settings
 from chatterd.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 # ready, cancelled by a time limit, file system trouble; and what a running server meets while
 # somebody restores its database: no such role, database, schema, table.
 _UNAVAILABLE: Final = ("08", "25", "40", "53", "55", "57", "58", "28", "3D", "3F", "42P01")
+_SQL_MAX: Final = 1_000
 # At the start, somebody has to change a setting.
 _REFUSED: Final = ("28", "3D")
 
@@ -66,6 +69,31 @@ DRIVER_TROUBLE: Final = (
 
 class StatementError(Exception):
     """PostgreSQL refused a statement. The message names the kind of error and what it is about."""
+
+
+class PoolUse(NamedTuple):
+    """Connections: how many there may be, how many are in use, how many are waited for."""
+
+    size: int
+    in_use: int
+    waiting: int
+
+
+class _Pool(AsyncAdaptedQueuePool):
+    """Knows how many wait for a connection, to get one or for it to be made."""
+
+    waiting = 0
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        self.waiting += 1
+        try:
+            return super()._do_get()
+        finally:
+            self.waiting -= 1
+
+
+# What SQLAlchemy tells of a pool, under a name of ours, is nobody's business but its own.
+logging.getLogger(f"{__name__}.{_Pool.__name__}").setLevel(logging.WARNING)
 
 
 class Database:
@@ -102,6 +130,18 @@ class Database:
                 raise StatementError(describe(error)) from None
             raise self.unavailable(error, maybe_committed=committing) from error
         self.available()
+
+    @property
+    def is_available(self) -> bool:
+        """Whether the database has answered last."""
+        return not self._away_reasons
+
+    @property
+    def pool(self) -> PoolUse:
+        """How many connections there may be, and who has them."""
+        pool = self._engine.pool
+        assert isinstance(pool, _Pool)
+        return PoolUse(settings.DATABASE_POOL_SIZE, pool.checkedout(), pool.waiting)
 
     async def connect(self) -> AsyncConnection:
         """Take a connection, on which each statement is its own transaction, out of the pool."""
@@ -226,7 +266,11 @@ class Line:
                 await self._connect()
             assert self._driver is not None
             sent = True
-            rows = await self._driver.fetch(statement.sql, *statement.arguments(values))
+            sent_at = time.perf_counter()
+            try:
+                rows = await self._driver.fetch(statement.sql, *statement.arguments(values))
+            finally:
+                _log_if_slow(statement.sql, sent_at)
         except DRIVER_TROUBLE as error:
             if not _is_unavailable(error):
                 raise
@@ -263,6 +307,7 @@ class Line:
 def _create_engine(url: URL) -> AsyncEngine:
     engine = create_async_engine(
         url,
+        poolclass=_Pool,
         pool_size=settings.DATABASE_POOL_SIZE,
         max_overflow=0,
         pool_timeout=settings.DATABASE_TIMEOUT,
@@ -276,7 +321,36 @@ def _create_engine(url: URL) -> AsyncEngine:
     )
     event.listen(engine.sync_engine, "checkout", _refuse_closed_connection)
     event.listen(engine.sync_engine, "invalidate", _hang_up)
+    if settings.SLOW_QUERY_MILLISECONDS:
+        event.listen(engine.sync_engine, "before_cursor_execute", _note_sent)
+        event.listen(engine.sync_engine, "after_cursor_execute", _note_answered)
+        event.listen(engine.sync_engine, "handle_error", _note_failed)
     return engine
+
+
+def _note_sent(*event: Any) -> None:  # noqa: ANN401 - SQLAlchemy's signature
+    _connection, _cursor, _statement, _parameters, context, _many = event
+    context.sent_at = time.perf_counter()
+
+
+def _note_answered(*event: Any) -> None:  # noqa: ANN401 - SQLAlchemy's signature
+    _connection, _cursor, statement, _parameters, context, _many = event
+    _log_if_slow(statement, context.sent_at)
+
+
+def _note_failed(failure: ExceptionContext) -> None:
+    sent_at = getattr(failure.execution_context, "sent_at", None)
+    if sent_at is not None and failure.statement is not None:
+        _log_if_slow(failure.statement, sent_at)
+
+
+def _log_if_slow(sql: str, sent_at: float) -> None:
+    """Log a statement that took long, also one that was given up; never its values."""
+    milliseconds = (time.perf_counter() - sent_at) * 1000
+    if 0 < settings.SLOW_QUERY_MILLISECONDS < milliseconds:
+        metrics.SLOW_STATEMENTS.inc()
+        text = " ".join(sql.split())
+        logger.warning("A statement took %.0f ms: %s", milliseconds, text[:_SQL_MAX])
 
 
 def _hang_up(dbapi_connection: Any, *_: Any) -> None:  # noqa: ANN401 - SQLAlchemy's signature

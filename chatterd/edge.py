@@ -9,17 +9,19 @@ import itertools
 import logging
 import re
 import secrets
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from http import HTTPStatus
+from time import perf_counter
 from typing import Final
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chatterd import proxy
+from chatterd import logs, metrics, proxy
 from chatterd.errors import BrokenAnswer, Problem, problem_of, problem_response
+from chatterd.stream_http import SENT_PAST
 
 logger = logging.getLogger(__name__)
 
@@ -36,21 +38,27 @@ class Edge:
 
     `allowed_hosts` are lower-case host names, `*.example.com` for every name below one, `*` for
     any. `stopping` is set when the server is told to stop: what would go on for ever ends then.
+    `templates` are the routes of endpoints.
     """
 
     def __init__(
-        self, app: ASGIApp, allowed_hosts: tuple[str, ...], stopping: asyncio.Event
+        self,
+        app: ASGIApp,
+        allowed_hosts: tuple[str, ...],
+        stopping: asyncio.Event,
+        templates: Mapping[object, str],
     ) -> None:
         self.app = app
         self._allowed_hosts = allowed_hosts
         self.stopping = stopping
+        self._counted = metrics.RequestTable(templates)
         self._requests: set[asyncio.Task[None]] = set()
         self._discards: set[asyncio.Task[None]] = set()
         # Unique like a UUID for each request would be, in a tenth of the time.
         self._id_prefix = b"%b-" % secrets.token_hex(8).encode()
         self._id_counter = itertools.count(1)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: C901 - its steps share the id, the body and whether the answer has begun
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: C901, PLR0915 - its steps share the id, the body and whether the answer has begun
         """Answer one request, or pass the lifespan on."""
         if scope["type"] == "websocket":
             await self._serve_websocket(scope, receive, send)
@@ -58,11 +66,15 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        started = perf_counter()
+        metrics.IN_FLIGHT.value += 1
         proxy.restore(scope)
         host, request_id, has_body = _head(scope)
         if not request_id or not _SANE_REQUEST_ID.fullmatch(request_id):
             request_id = self._new_id()
-        begun = False
+        logs.request_id.set(request_id)
+        status = size = 0
+        is_whole = False
         body = None
         if has_body:
             body = _RequestBody(receive)
@@ -70,14 +82,16 @@ class Edge:
 
         # No coroutine of its own: it is called for every part of an answer.
         def send_answer(message: Message) -> Awaitable[None]:
-            nonlocal begun
+            nonlocal status, size
             if message["type"] == "http.response.start":
-                begun = True
+                status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
                 # A proxy uses up the connections it keeps, instead of losing a request on one.
                 if self.stopping.is_set() and scope["http_version"] != "2":
                     message["headers"].append((b"connection", b"close"))
-            elif body and not body.ended and not message.get("more_body", False):
+                return send(message)
+            size += len(message.get("body", b""))
+            if body and not body.ended and not message.get("more_body", False):
                 return self._end_early(body, message, send)
             return send(message)
 
@@ -89,36 +103,45 @@ class Edge:
         self._requests.add(task)
         try:
             await app(scope, receive, send_answer)
+            is_whole = True
         except BrokenAnswer as error:
             # Returning without the end of the answer makes the server close the connection.
             logger.warning("Broke off an answer (request %s): %s", request_id.decode(), error)
         except ClientDisconnect:
             pass  # before its request was complete: there is nobody to answer
         except Exception as error:
-            if begun:
+            if status:
                 raise
             problem = problem_of(error, scope["method"])
             await problem_response(problem, request_id.decode())(scope, receive, send_answer)
+            is_whole = True
             if problem.status == HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise  # the server logs it with its traceback
         finally:
             self._requests.discard(task)
             if body:
                 self._discard_rest(body)
+            self._note_end(scope, request_id, status, size, started, is_whole)
 
     async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a WebSocket be served, or refuse it by a problem as long as it is not accepted."""
+        started = perf_counter()
+        metrics.IN_FLIGHT.value += 1
         proxy.restore(scope)
         host, request_id, _ = _head(scope)
         if not request_id or not _SANE_REQUEST_ID.fullmatch(request_id):
             request_id = self._new_id()
+        logs.request_id.set(request_id)
         scope["request_id"] = request_id.decode()
-        begun = False
+        scope[logs.WAITS] = "websocket"
+        status = size = 0
+        is_whole = False
 
         async def send_answer(message: Message) -> None:
-            nonlocal begun
+            nonlocal status, size
+            size += len(message.get("text") or message.get("body") or b"")
             if message["type"] in {"websocket.accept", "websocket.http.response.start"}:
-                begun = True
+                status = message.get("status", HTTPStatus.SWITCHING_PROTOCOLS)
                 headers = [*message.get("headers", []), (b"x-request-id", request_id)]
                 message = {**message, "headers": headers}
             await send(message)
@@ -131,15 +154,40 @@ class Edge:
             app = problem_response(_host_not_allowed(), scope["request_id"])
         try:
             await app(scope, receive, send_answer)
+            is_whole = True
         except Exception as error:
-            if begun:
+            if status:
                 raise
             problem = problem_of(error, "WebSockets")
             await problem_response(problem, scope["request_id"])(scope, receive, send_answer)
+            is_whole = True
             if problem.status == HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise
         finally:
             self._requests.discard(task)
+            self._note_end(scope, request_id, status, size, started, is_whole)
+
+    def _note_end(  # noqa: PLR0913, PLR0917 - a request has so many sides
+        self,
+        scope: Scope,
+        request_id: bytes,
+        status: int,
+        size: int,
+        started: float,
+        is_whole: bool,  # noqa: FBT001 - by position is fastest
+    ) -> None:
+        """Count and log a request. `status` is 0 where there was no answer."""
+        metrics.IN_FLIGHT.value -= 1
+        seconds = perf_counter() - started
+        size += scope.get(SENT_PAST, 0)
+        waits = scope.get(logs.WAITS)
+        method = scope.get("method", "GET")  # WebSockets have none
+        counted = self._counted.find(scope.get("endpoint"), method, status)
+        counted.ended(size, None if waits else seconds)
+        if logs.requests is not None:
+            logs.requests.write(
+                scope, request_id, counted.route, status, size, seconds, waits, is_whole
+            )
 
     def _new_id(self) -> bytes:
         return b"%b%x" % (self._id_prefix, next(self._id_counter))

@@ -8,12 +8,14 @@ import logging
 from bisect import bisect_left, bisect_right
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from contextvars import Context
 from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
 import asyncpg
 
+from chatterd import metrics
 from chatterd.blocks import BLOCK_SIZE, Block, Encoded, Row, Snapshot, blocks_of, encode
 from chatterd.database import Database, Line, SchemaError, Statement
 from chatterd.errors import DatabaseUnavailable, Problem
@@ -77,7 +79,9 @@ class Feed:
         asking: asyncio.Future[Snapshot] = asyncio.get_running_loop().create_future()
         self._asking.append(asking)
         if self._checking is None:
-            self._checking = asyncio.create_task(self._check_while_asked())
+            # Its own context: what it logs is about no request in particular.
+            work = self._check_while_asked()
+            self._checking = asyncio.get_running_loop().create_task(work, context=Context())
         return await asking
 
     async def older(self, snapshot: Snapshot) -> AsyncIterator[list[Row]]:
@@ -125,6 +129,11 @@ class Feed:
             found = await session.execute(feed_page_back(place, limit))
             return [Row(*row[:6]) for row in found][::-1]
 
+    @property
+    def size(self) -> int:
+        """Bytes of the feed that are kept."""
+        return sum(block.size for block in self._blocks)
+
     async def aclose(self) -> None:
         """End what runs in the background and give the connection back."""
         for task in (self._checking, self._loading):
@@ -140,6 +149,7 @@ class Feed:
                 asking, self._asking = self._asking, []
                 try:
                     async with self._lock:
+                        metrics.FEED_CHECKS.inc()
                         snapshot = await self._check()
                 except Exception as error:  # noqa: BLE001 - it is raised where it was asked
                     # Those who came meanwhile, too, or a database that hangs would be waited for
@@ -210,7 +220,7 @@ class Feed:
         try:
             more = True
             # Close to the budget a further page would only be trimmed again.
-            while more and self._size() < 0.9 * self._budget:
+            while more and self.size < 0.9 * self._budget:
                 async with self._lock:
                     if self._identity != identity:
                         return
@@ -322,12 +332,9 @@ class Feed:
         is_small = len(block.data) <= 2 * BLOCK_SIZE
         self._blocks[place : place + 1] = [block] if is_small else blocks_of(block.rows())
 
-    def _size(self) -> int:
-        return sum(block.size for block in self._blocks)
-
     def _trim(self) -> None:
         """Leave the oldest rows to the database until the rest fits the budget."""
-        while len(self._blocks) > 1 and self._size() > self._budget:
+        while len(self._blocks) > 1 and self.size > self._budget:
             time = self._blocks.pop(0).last_time
             # Of equal times all must be kept, or none.
             while self._blocks and self._blocks[0].first_time == time:

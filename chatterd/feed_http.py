@@ -11,6 +11,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 from werkzeug.http import parse_accept_header, parse_etags
 
+from chatterd import metrics
 from chatterd.blocks import Page, Snapshot, encode, page_of, with_media
 from chatterd.errors import BrokenAnswer, DatabaseUnavailable
 from chatterd.feed import Feed
@@ -49,16 +50,19 @@ async def feed_response(request: Request[Any], feed: Feed, media_url: str | None
         (b"vary", b"Accept-Encoding"),
     ]
     if if_none_match and is_match(if_none_match, etag):
+        metrics.FEED_WITH_CLIENT.count += 1
         return PartsResponse(304, headers[1:], [b""])
     if page is not None:
         found = await _found(feed, snapshot, page, media_url)
         headers.append((b"link", links(request.scope["path"], page, found.first, found.last)))
         return PartsResponse(200, headers, [found.body])
     if not in_memory:
+        metrics.FEED_FROM_DATABASE.count += 1
         head = request.method == "HEAD"
         response = Response() if head else StreamingResponse(_by_block(feed, snapshot, media_url))
         response.raw_headers = headers
         return response
+    metrics.FEED_FROM_MEMORY.count += 1
     if gzip:
         headers.append((b"content-encoding", b"gzip"))
         parts = await snapshot.gzipped_whole(media_url)
@@ -119,7 +123,9 @@ async def _by_block(feed: Feed, snapshot: Snapshot, media_url: str | None) -> As
 async def _found(feed: Feed, snapshot: Snapshot, page: Wanted, media_url: str | None) -> Page:
     newest = page.before is None and page.after is None
     if newest and (kept := snapshot.newest(page.limit, media_url)) is not None:
+        metrics.FEED_FROM_MEMORY.count += 1
         return kept
+    metrics.FEED_FROM_DATABASE.count += 1
     rows = await feed.page(page.limit, before=page.before, after=page.after)
     return page_of([(row.id, with_media(*encode(row), media_url)) for row in rows])
 

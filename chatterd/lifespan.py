@@ -11,7 +11,7 @@ from anyio import to_thread
 from sqlalchemy.engine import URL
 from starlette.applications import Starlette
 
-from chatterd import settings
+from chatterd import metrics, settings
 from chatterd.database import Database
 from chatterd.feed import Feed
 from chatterd.health import Health
@@ -82,7 +82,7 @@ def lifespan(
                 swept(database, settings.MEDIA_ROOT),
                 old_keys_forgotten(keys),
             ):
-                yield State(
+                state = State(
                     database=database,
                     writer=writer,
                     feed=feed,
@@ -93,6 +93,8 @@ def lifespan(
                     health=health,
                     llm=llm,
                 )
+                async with metrics.handed_over(state):
+                    yield state
         finally:
             await database.aclose()
 

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Final, NamedTuple, TypeVar
 
+from chatterd import metrics
 from chatterd.chatts import StoredChatt
 from chatterd.database import Database, Line, Statement
 from chatterd.errors import DatabaseUnavailable, Problem
@@ -161,6 +162,7 @@ class Subscription:
             if batch is not None:
                 if batch.events:
                     self.position = Position(batch.log, batch.events[-1].seq)
+                    metrics.EVENTS_DELIVERED.count += len(batch.events)
                 return batch
             self._waiter = self._live.waiter()
             try:
@@ -227,6 +229,7 @@ class Subscription:
             assert self.position is not None
             while (batch := kept.after(self.position.seq)) is not None and self.push(batch):
                 self.position = Position(batch.log, batch.events[-1].seq)
+                metrics.EVENTS_DELIVERED.count += len(batch.events)
                 self._silent_since = self._live.time()
             if self.position.seq == kept.seq:
                 return
@@ -331,6 +334,11 @@ class Live:
             yield subscription
         finally:
             self._subscribers.discard(subscription)
+
+    @property
+    def subscribers(self) -> int:
+        """How many there are."""
+        return len(self._subscribers)
 
     @property
     def is_stopping(self) -> bool:
@@ -439,6 +447,7 @@ class Live:
             ):
                 break
             if head["seq"] is not None:
+                metrics.EVENTS_READ.count += len(rows)
                 self.kept.extend([_event(row) for row in rows])
                 self._offer_all(self.kept)
             if head["seq"] is None or len(rows) < _PAGE_LIMIT:

@@ -19,7 +19,7 @@ from typing import Final, Literal, NamedTuple, TypeVar
 
 from anyio import to_thread
 
-from chatterd import settings
+from chatterd import metrics, settings
 from chatterd.database import Database
 from chatterd.errors import Problem
 from chatterd.media_room import Room
@@ -189,6 +189,11 @@ class MediaStore:
         finally:
             self._uploads -= 1
 
+    @property
+    def uploads(self) -> int:
+        """How many uploads are under way."""
+        return self._uploads
+
     async def keep(self, uploads: Mapping[Slot, Upload]) -> dict[Slot, StoredFile]:
         """Move uploads to where they are served from, durably; return what they are now.
 
@@ -207,6 +212,8 @@ class MediaStore:
                 await session.execute(upsert_media(), rows)
             moves = [(upload.path, self.root / upload.key) for upload in uploads.values()]
             await to_thread.run_sync(self._move, moves)
+            for slot in files:
+                metrics.UPLOAD_FILES.labels(slot).inc()
         if "image" in files:
             self._begin_thumbnail(files["image"].key)
         return files

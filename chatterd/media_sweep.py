@@ -21,7 +21,7 @@ import anyio
 from anyio import to_thread
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from chatterd import settings
+from chatterd import metrics, settings
 from chatterd.database import Database
 from chatterd.errors import DatabaseUnavailable
 from chatterd.media import INCOMING, THUMBNAIL_SUFFIX, sync_folder
@@ -320,6 +320,7 @@ class Leavings:
                 await asyncio.sleep(max(0.0, changed + self._settled_seconds - time.time()))
                 sweep = Sweep(self._database, self._root, self._settled_seconds, delete=True)
                 await sweep.sweep_page([(key, await to_thread.run_sync((self._root / key).lstat))])
+                _count(sweep.result)
             except (FileNotFoundError, DatabaseUnavailable):
                 pass  # somebody else has removed it, or the sweep will
             except Exception:
@@ -378,6 +379,9 @@ async def swept(
 async def _sweep_and_log(sweep: Sweep) -> None:
     try:
         await sweep.run()
+        metrics.LAST_SWEEP.set(time.time())
+        metrics.UNKNOWN_FILES.set(sweep.result.unknown.count)
+        metrics.UNKNOWN_BYTES.set(sweep.result.unknown.bytes)
     except DatabaseUnavailable:
         pass  # has been logged; what is left will be there next time
     except OSError as error:
@@ -385,6 +389,7 @@ async def _sweep_and_log(sweep: Sweep) -> None:
     except Exception:  # whatever it is, the server goes on
         logger.exception("The media folder cannot be swept")
     result = sweep.result
+    _count(result)
     if result.orphaned.count or result.temporary.count or result.restored.count or result.records:
         logger.info(
             "Swept the media folder: removed %d orphaned files of %d bytes, %d temporary of %d"
@@ -396,3 +401,11 @@ async def _sweep_and_log(sweep: Sweep) -> None:
             result.records,
             result.restored.count,
         )
+
+
+def _count(result: Swept) -> None:
+    for state in metrics.SWEPT_STATES:
+        tally: Tally = getattr(result, state)
+        metrics.SWEPT_FILES.labels(state).inc(tally.count)
+        metrics.SWEPT_BYTES.labels(state).inc(tally.bytes)
+    metrics.SWEPT_RECORDS.inc(result.records)

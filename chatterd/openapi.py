@@ -453,6 +453,26 @@ _PATHS: Final[_Object] = {
             codes=["not-ready"],
         ),
     ),
+    "/metrics": _path(
+        "Server",
+        get=_operation(
+            "Read what is counted and measured",
+            "In the text format of Prometheus, or as OpenMetrics where `Accept` asks for it. Only"
+            " for the addresses in `METRICS_ALLOWED`. Of several processes one answers for all.",
+            "curl http://127.0.0.1:8000/metrics",
+            answers={
+                "200": _answer(
+                    "Everything.",
+                    ("Cache-Control",),
+                    {
+                        "text/plain": {"type": "string"},
+                        "application/openmetrics-text": {"type": "string"},
+                    },
+                )
+            },
+            codes=["address-not-allowed"],
+        ),
+    ),
     "/openapi.json": _path(
         "Server",
         get=_static(

@@ -1,5 +1,7 @@
 """The API's table of contents."""
 
+from collections.abc import Mapping
+
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from chatterd import views, ws
@@ -17,6 +19,7 @@ _ENDPOINTS = {
     "/v1/limits": views.Limits,
     "/livez": views.LiveZ,
     "/readyz": views.ReadyZ,
+    "/metrics": views.Metrics,
     "/openapi.json": views.OpenAPI,
     "/docs": views.Docs,
     "/web/{name}": views.WebFile,
@@ -28,3 +31,10 @@ routes: list[BaseRoute] = [
 ]
 routes += [WebSocketRoute(path, ws.LiveSocket) for path in ("/v1/ws", "/v1/ws/")]
 routes += [Route("/", views.WebPage)]
+
+TEMPLATES: Mapping[object, str] = {
+    **{endpoint: path for path, endpoint in _ENDPOINTS.items()},
+    ws.LiveSocket: "/v1/ws",
+    views.WebPage: "/",
+}
+"""What the logs and metrics call the route of each endpoint."""

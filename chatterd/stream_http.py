@@ -2,8 +2,9 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -20,6 +21,9 @@ from chatterd.paging import Wanted
 SEND_CHUNK: Final = "chatterd.send_chunk"
 """An ASGI extension: sends a chunk of a body (RFC 9112 §7.1) behind what has been sent, without
 waiting. Takes the chunk; tells whether it was sent, which it is not while the client is behind."""
+
+SENT_PAST: Final = "chatterd.sent_past"
+"""Where a scope says how many bytes were sent in that way."""
 
 _RETRY_MILLISECONDS: Final = 2000
 # Those whom a server leaves do not all come back at once.
@@ -58,7 +62,7 @@ class StreamResponse(Response):
             # An id without data sets what the client comes back with, and is no event.
             begin = f"retry: {_RETRY_MILLISECONDS}\nid: {position}\n\n"
             if send_chunk := scope.get("extensions", {}).get(SEND_CHUNK):
-                subscription.push = lambda batch: send_chunk(batch.encoded(self._media_url, _chunk))
+                subscription.push = partial(self._push, scope, send_chunk)
             with suppress(StreamEnd, ClientDisconnect, DatabaseUnavailable):
                 async with ended_with_client(subscription, receive), subscription.sending():
                     await self._send_events(subscription, begin.encode(), send)
@@ -66,6 +70,13 @@ class StreamResponse(Response):
                 retry = random.randint(*_RETRY_AFTER_STOP_MILLISECONDS)  # noqa: S311 - no secret
                 end = f"retry: {retry}\n\n".encode()
                 await send({"type": "http.response.body", "body": end})
+
+    def _push(self, scope: Scope, send_chunk: Callable[[bytes], bool], batch: Batch) -> bool:
+        chunk = batch.encoded(self._media_url, _chunk)
+        if not send_chunk(chunk):
+            return False
+        scope[SENT_PAST] = scope.get(SENT_PAST, 0) + len(chunk)
+        return True
 
     async def _send_events(self, subscription: Subscription, begin: bytes, send: Send) -> None:
         part = begin

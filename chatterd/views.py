@@ -5,20 +5,23 @@ from contextlib import nullcontext
 from typing import Any, ClassVar, Final
 
 import msgspec
+from anyio import to_thread
 from starlette.endpoints import HTTPEndpoint
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from chatterd import docs_page, openapi, settings
+from chatterd import docs_page, metrics, openapi, settings
 from chatterd.bodies import PROMPT_MAX_SIZE, received_bytes, received_form
 from chatterd.chatts import encoded_new, media_url_of
 from chatterd.chatts_http import chatt_response, deleted, page_response
+from chatterd.errors import Problem
 from chatterd.feed_http import PartsResponse, feed_response
 from chatterd.keys import Posted, key_in
 from chatterd.lifespan import State
 from chatterd.llm import LLMResponse
+from chatterd.logs import WAITS
 from chatterd.media_http import media_response
 from chatterd.paging import wanted
 from chatterd.schemas import Draft, draft_from_fields, draft_from_json
@@ -118,6 +121,8 @@ class Chatts(Endpoint):
         page = wanted(request.scope["query_string"], with_changes=True)
         state, media_url = request.state, _media_url(request)
         if page is not None and page.since is not None:
+            if page.wait:
+                request.scope[WAITS] = "long poll"
             return await changes_response(state["live"], page, media_url, request.receive)
         return await page_response(request, state["database"], state["feed"], page, media_url)
 
@@ -151,6 +156,7 @@ class Stream(Endpoint):
 
     async def get(self, request: Request[State]) -> Response:
         """Answer with Server-Sent Events, behind a cursor or from now on."""
+        request.scope[WAITS] = "stream"
         cursor = request.headers.get("last-event-id") or request.query_params.get("since")
         return StreamResponse(request.state["live"], cursor, _media_url(request))
 
@@ -192,6 +198,20 @@ class ReadyZ(Endpoint):
         return PartsResponse(200, [_JSON, _NO_STORE], [body])
 
 
+class Metrics(Endpoint):
+    """What is counted and measured, for Prometheus."""
+
+    async def get(self, request: Request[State]) -> Response:
+        """Answer it in the format that is asked for; raises `Problem` 403 for strangers."""
+        if not settings.METRICS_ALLOWED.have(request.client and request.client.host):
+            raise Problem("address-not-allowed", "METRICS_ALLOWED does not name this address.")
+        metrics.refresh(request.state)
+        accept = request.headers.get("accept", "")
+        body, media_type = await to_thread.run_sync(metrics.exposition, accept)
+        headers = [(b"content-type", media_type.encode("latin-1")), _NO_STORE]
+        return PartsResponse(200, headers, [body])
+
+
 class WebPage(Endpoint):
     """The web client."""
 
@@ -216,6 +236,7 @@ class LLMPrompt(Endpoint):
 
     async def post(self, request: Request[State]) -> Response:
         """Pass the body to Ollama, and its answer back line by line as it arrives."""
+        request.scope[WAITS] = "prompt"
         prompt = await received_bytes(request.headers, request.receive, PROMPT_MAX_SIZE)
         return LLMResponse(request.state["llm"], prompt)
 

@@ -4,7 +4,9 @@ import asyncio
 import hashlib
 import logging
 import secrets
+import time
 from collections.abc import Mapping, Sequence
+from contextvars import Context
 from datetime import datetime
 from types import MappingProxyType
 from typing import Final, NamedTuple
@@ -13,6 +15,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import msgspec
 
+from chatterd import metrics
 from chatterd.database import Database, Line, Statement, describe
 from chatterd.errors import DatabaseUnavailable, Problem
 from chatterd.keys import TOKEN_BYTES, Claim, Posted
@@ -128,8 +131,15 @@ class Writer:
             )
         )
         if self._storing is None:
-            self._storing = asyncio.create_task(self._store_waiting())
+            # Its own context: what it logs is about no request in particular.
+            work = self._store_waiting()
+            self._storing = asyncio.get_running_loop().create_task(work, context=Context())
         return Posted(chatt_id, await stored, token, files)
+
+    @property
+    def waiting(self) -> int:
+        """How many posts wait for the next commit."""
+        return len(self._waiting)
 
     async def aclose(self) -> None:
         """Store what is waiting, then give the connection back."""
@@ -149,6 +159,7 @@ class Writer:
     async def _store(self, posts: Sequence[_Post]) -> None:
         """Store `posts` in one transaction and tell each; one that is refused fails alone."""
         statement, columns = _statement(posts)
+        sent_at = time.perf_counter()
         try:
             rows = await self._line.fetch(statement, **columns)
         except asyncpg.PostgresError as error:
@@ -166,6 +177,8 @@ class Writer:
             _tell(posts, DatabaseUnavailable(maybe_committed=True))
             raise
         else:
+            metrics.COMMIT_SECONDS.observe(time.perf_counter() - sent_at)
+            metrics.BATCH_SIZE.observe(len(posts))
             times: dict[UUID, datetime] = {row["id"]: row["time"] for row in rows}
             for post in posts:
                 if not post.stored.done():  # else cancelled

@@ -35,9 +35,10 @@ def run(
 
 
 def environment(folder: Path, **settings: str) -> dict[str, str]:
-    """What a program gets of ours: nothing but the settings that the test names."""
+    """What a program gets of ours: nothing but the settings that the test names, and little log."""
     ours = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(ROOT)}
-    return ours | settings
+    # Requests are logged where a test asks for it: most look into the log for what went wrong.
+    return ours | {"LOG_LEVEL": "warning"} | settings
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:

@@ -29,7 +29,7 @@ def main() -> None:
     """Serve until SIGTERM."""
     port, file = sys.argv[1:]
     address = Address("127.0.0.1", int(port))
-    app = _Bare(_constants(Path(file).read_bytes()), ("*",), asyncio.Event())
+    app = _Bare(_constants(Path(file).read_bytes()), ("*",), asyncio.Event(), {})
     with Listener(address) as listener:
         server.run(app, listener, lambda: None)
 
