@@ -26,11 +26,12 @@ from chatterd.doctor.running import server_check
 from chatterd.embedded import postgres
 from chatterd.embedded_home import EmbeddedPostgresError
 from tests.conftest import connected
+from tests.doctor import alone
 from tests.media_folder import Store, name_it
 from tests.process import ROOT, environment, open_folder, run, running
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
 MOUNT, UMOUNT = "/usr/bin/mount", "/usr/bin/umount"
@@ -237,41 +238,8 @@ def test_all_media_are_read_where_that_is_wished(home: Path) -> None:
 # The checks alone, with settings of their own
 
 
-ALONE = """
-import json, os, sys
-import asyncpg, PIL.Image, sqlalchemy.ext.asyncio, starlette.config  # once: they take longest
-module, function, *arguments = json.loads(sys.argv[1])
-for given in json.loads(sys.argv[2]):
-    sys.stdout.flush()
-    if os.fork():
-        os.wait()
-        continue
-    os.environ.update(given)
-    check = getattr(__import__(f"chatterd.doctor.{module}", fromlist=["*"]), function)
-    print(json.dumps(check(*arguments)))
-    sys.stdout.flush()
-    os._exit(0)
-"""
 SETTINGS = ("configuration", "settings_check")
 DISK = ("files", "disk_check", None)
-
-
-def alone(
-    folder: Path, check: Sequence[str | None], *cases: Mapping[str, str]
-) -> list[list[Finding]]:
-    """Run a check once for each of these settings, in processes of their own: what each finds."""
-    words = [json.dumps(check), json.dumps(cases)]
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, *words],
-        cwd=folder,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = [[Finding(*each) for each in json.loads(line)] for line in done.stdout.splitlines()]
-    assert len(found) == len(cases), done.stderr
-    return found
 
 
 def levels(findings: list[Finding]) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import ssl
 import subprocess
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -12,6 +14,7 @@ import trustme
 
 from chatterd.doctor.certificate import CertificateFiles, certificate_check
 from chatterd.doctor.x509 import CertificateError, read_certificate
+from tests.doctor import alone
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -168,3 +171,36 @@ def test_a_file_that_cannot_be_read_is_a_warning_and_one_without_certificate_a_f
     (finding,) = certificate_check(CertificateFiles(tmp_path / "text.pem"))
     assert finding.level == "fault"
     assert "no certificate" in finding.found
+
+
+async def test_without_a_file_that_can_be_read_it_is_the_one_that_clients_get(
+    authority: trustme.CA, tmp_path: Path
+) -> None:
+    files = written(tmp_path, authority.issue_cert("localhost", not_after=NOW + 10 * DAY))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(*files)
+    server = await asyncio.start_server(
+        lambda _, writer: writer.close(), "localhost", 0, ssl=context
+    )
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        (findings,) = await asyncio.to_thread(
+            alone,
+            tmp_path,
+            ("certificate", "certificate_check", None),
+            {"PUBLIC_URL": f"https://localhost:{port}"},
+        )
+    (finding,) = findings
+    assert finding.level == "warning"
+    assert "in 9 days" in finding.found
+
+
+def test_where_there_is_none_it_is_said(tmp_path: Path) -> None:
+    without, away = alone(
+        tmp_path,
+        ("certificate", "certificate_check", None),
+        {},
+        {"PUBLIC_URL": "https://127.0.0.1:1"},
+    )
+    assert [finding.level for finding in (*without, *away)] == ["ok", "warning"]
+    assert "127.0.0.1:1 cannot be read: Connection refused" in away[0].found
