@@ -16,9 +16,19 @@ if TYPE_CHECKING:
     from tests.multipart import Connection
 
 OPTIONS = {
-    (): {"--help", "--version", "serve", "migrate", "media"},
+    (): {"--help", "--version", "serve", "migrate", "doctor", "media"},
     ("serve",): {"--help", "--host", "--port", "--certfile", "--keyfile", "--reload"},
     ("migrate",): {"--help"},
+    ("doctor",): {
+        "--help",
+        "--json",
+        "--media",
+        "--nginx",
+        "--certificate",
+        "--url",
+        "--processes",
+        "--timeout",
+    },
     ("media",): {"--help", "doctor", "sweep"},
     ("media", "doctor"): {"--help", "--json"},
     ("media", "sweep"): {"--help", "--older-than", "--delete"},
@@ -76,6 +86,9 @@ def test_version_is_that_of_the_package(tmp_path: Path) -> None:
         (("serve", "--port", "٨٠"), "0 to 65535"),
         (("serve", "--port", "80.0"), "0 to 65535"),
         (("migrate", "--port", "1"), "--port"),
+        (("doctor", "--processes", "0"), "1 to 99999"),
+        (("doctor", "--timeout", "100000"), "1 to 99999"),
+        (("doctor", "--timeout", "1.5"), "'1.5'"),
         (("media",), "COMMAND"),
         (("media", "swep"), "'swep'"),
         (("media", "doctor", "--delete"), "--delete"),

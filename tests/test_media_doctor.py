@@ -12,7 +12,7 @@ from sqlalchemy.engine import make_url
 
 from chatterd.database import Database, migrate
 from chatterd.embedded import postgres
-from chatterd.media_doctor import doctor
+from chatterd.media_doctor import doctor, sample
 from tests.conftest import connected
 from tests.media_folder import (
     STATES,
@@ -169,6 +169,37 @@ async def test_the_doctor_follows_the_keys_of_many_chatts_page_by_page(
     report = await doctor(database, store.root)
     assert counts(report) == {"referenced": 2, "folders": 2, "missing": 3198}
     assert len(report.missing_keys) == 100
+
+
+async def test_a_sample_finds_what_is_missing_and_damaged_in_what_it_looks_at(
+    store: Store, db: Connection, database: Database
+) -> None:
+    keys = [store.store(b"%d" % number * 100) for number in range(300)]
+    for key in keys:
+        await name_it(db, key)
+    report = await sample(database, store.root, 1_000_000)
+    assert report.is_healthy
+    assert report.referenced.count == 200
+    assert 200 * 100 <= report.referenced.bytes < 200 * 400
+    for key in keys[:150]:
+        (store.root / key).unlink()
+    for key in keys[150:]:
+        (store.root / key).write_bytes(b"other")
+    report = await sample(database, store.root, 1_000_000)
+    assert report.missing.count + report.corrupt.count == 200
+    assert report.missing.count >= 50
+    assert report.corrupt.count >= 50
+    assert set(report.corrupt_keys) <= set(keys[150:])
+
+
+async def test_a_sample_reads_no_more_than_it_may_and_at_least_one_file(
+    store: Store, db: Connection, database: Database
+) -> None:
+    for number in range(10):
+        await name_it(db, store.store(b"%d" % number * 1000))
+    for most, count in (3500, 3), (10, 1):
+        report = await sample(database, store.root, most)
+        assert counts(report) == {"referenced": count}
 
 
 def test_the_embedded_database_is_used_where_a_server_runs_it_and_where_none_does() -> None:

@@ -117,9 +117,7 @@ async def test_ten_rolling_restarts_under_load_cost_no_request_no_post_and_no_ev
         for instance in instances:
             stack.callback(instance.close)
         upstreams = [f"unix:{instance.socket}" for instance in instances]
-        nginx = stack.enter_context(
-            Nginx(folder, *upstreams, settings={"MEDIA_ROOT": str(tmp_path / "media")})
-        )
+        nginx = stack.enter_context(Nginx(folder, *upstreams, media=tmp_path / "media"))
         users = [User(nginx.url, number) for number in range(CONNECTIONS)]
         end = asyncio.Event()
         async with timelines(nginx.url, "stream", STREAMS) as followers:

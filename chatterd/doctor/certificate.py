@@ -2,14 +2,20 @@
 
 import ssl
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from chatterd import settings
 from chatterd.doctor import Finding, fault, ok, warning
-from chatterd.doctor.x509 import Certificate, CertificateError, read_certificate
+from chatterd.doctor.x509 import (
+    Certificate,
+    CertificateError,
+    parse_certificate,
+    read_certificate,
+)
 
 # Let's Encrypt's are renewed 30 days before their end: by then, renewing has failed for a while.
 _SOON: Final = timedelta(days=21)
@@ -17,6 +23,7 @@ _NOW: Final = timedelta(days=3)
 _RENEW: Final = ("sudo certbot renew", "sudo systemctl reload nginx")
 
 
+_CONNECT_SECONDS: Final = 5.0
 # Nobody is asked for one.
 _NO_PASSWORD: Final = b""
 
@@ -28,15 +35,24 @@ class CertificateFiles(NamedTuple):
     key: Path | None = None
 
 
-def certificate_check(files: CertificateFiles) -> list[Finding]:
-    """Look at what clients will look at."""
-    path = files.certificate
+def certificate_check(files: CertificateFiles | None) -> list[Finding]:
+    """Look at what clients will look at: at the files, else at what PUBLIC_URL answers with."""
+    place = str(files.certificate) if files else ""
+    url = urlsplit(settings.PUBLIC_URL or "")
     try:
-        certificate = read_certificate(path)
+        certificate = None
+        # Certbot's folders are open to root alone.
+        with suppress(PermissionError):
+            certificate = read_certificate(files.certificate) if files else None
+        if certificate is None:
+            if url.scheme != "https":
+                return [_not_there(place)]
+            place, files = url.netloc, None
+            certificate = _served(url)
     except OSError as error:
         return [
             warning(
-                f"{path} cannot be read: {error.strerror}.",
+                f"{place} cannot be read: {error.strerror or error}.",
                 "Name the right one with --certificate, or look as a user who may read it.",
             )
         ]
@@ -44,8 +60,25 @@ def certificate_check(files: CertificateFiles) -> list[Finding]:
         return [fault(str(error), "Get a new one, such as with:", *_RENEW)]
     findings = [*_time(certificate), *_names(certificate), *_key(files)]
     return findings or [
-        ok(f"{path}, until {certificate.not_after:%Y-%m-%d}, for {', '.join(certificate.names)}")
+        ok(f"{place}, until {certificate.not_after:%Y-%m-%d}, for {', '.join(certificate.names)}")
     ]
+
+
+def _not_there(place: str) -> Finding:
+    if place:
+        return warning(
+            f"{place} cannot be read by this user.",
+            "Set PUBLIC_URL, to look at what that answers with; or look as root at this alone:",
+            f"sudo openssl x509 -noout -dates -in {place}",
+        )
+    return ok("none found; --certificate FILE names one")
+
+
+def _served(url: SplitResult) -> Certificate:
+    assert url.hostname is not None  # the settings have seen to it
+    address = (url.hostname, url.port or 443)
+    pem = ssl.get_server_certificate(address, timeout=_CONNECT_SECONDS)
+    return parse_certificate(pem, url.netloc)
 
 
 def _time(certificate: Certificate) -> Iterator[Finding]:
@@ -78,8 +111,8 @@ def _names(certificate: Certificate) -> Iterator[Finding]:
         )
 
 
-def _key(files: CertificateFiles) -> Iterator[Finding]:
-    if files.key is None:
+def _key(files: CertificateFiles | None) -> Iterator[Finding]:
+    if files is None or files.key is None:
         return
     try:
         files.key.open("rb").close()

@@ -626,10 +626,10 @@ async def lag_check(way: Way, notice_seconds: float = settings.DATABASE_TIMEOUT)
         return [
             warning(
                 f"{found}: every post waits for it.",
-                "Put PostgreSQL's write-ahead log on a faster disk, and see what else uses that;"
-                " docs/tuning.md has more. What a sync costs, and what the disk does:",
-                "pg_test_fsync",
-                "iostat -x 1 5",
+                "Put PostgreSQL's write-ahead log on a faster disk, or take other load from this"
+                " one; docs/tuning.md has more. What a sync takes there:",
+                "sudo -u postgres sh -c '/usr/lib/postgresql/*/bin/pg_test_fsync -s 1"
+                " -f /var/lib/postgresql/sync.test'",
             )
         ]
     if read > _SLOW_MILLISECONDS:

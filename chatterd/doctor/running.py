@@ -16,7 +16,8 @@ SOCKETS: Final = Path("/run/chatterd")
 """Where the servers of deploy/systemd have their sockets."""
 
 _SECONDS: Final = 5.0
-_START: Final = "sudo systemctl start 'chatterd@*' --all"
+_START: Final = "sudo systemctl start chatterd.target"
+_RESTART: Final = "sudo /opt/chatterd/deploy/rolling-restart"
 
 
 async def server_check(address: str | None) -> list[Finding]:
@@ -59,14 +60,14 @@ async def _ask(address: str) -> Finding | None:
         return fault(
             f"The server at {address} is not ready: {_failed(ready)}.",
             "Mend what the other checks find. If they find nothing, start it anew:",
-            "sudo systemctl restart 'chatterd@*'",
+            _RESTART,
         )
     if ready.status_code != 200:
         return warning(
             f"{address} answers /readyz with {ready.status_code}: it is no chatterd of this"
             " version.",
             "Name the right address with --url; after an update, start the servers anew:",
-            "sudo systemctl restart 'chatterd@*'",
+            _RESTART,
         )
     return _other_limits(address, limits)
 
@@ -103,7 +104,7 @@ def _other_limits(address: str, limits: httpx2.Response) -> Finding | None:
                 f" {ours}.",
                 "Look from the server's folder and with its environment; if these are its"
                 " settings, start it anew:",
-                "sudo systemctl restart 'chatterd@*'",
+                _RESTART,
             )
     return None
 

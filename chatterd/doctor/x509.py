@@ -42,13 +42,17 @@ def read_certificate(path: Path) -> Certificate:
     Raises `CertificateError`, `OSError`.
     """
     with path.open("rb") as file:
-        text = file.read(_SIZE_MAX).decode("latin-1")
-    if (match := _PEM.search(text)) is None:
-        raise CertificateError(f"{path} holds no certificate in PEM.")
+        return parse_certificate(file.read(_SIZE_MAX).decode("latin-1"), str(path))
+
+
+def parse_certificate(pem: str, place: str) -> Certificate:
+    """Return the first certificate in PEM, found at this place; raises `CertificateError`."""
+    if (match := _PEM.search(pem)) is None:
+        raise CertificateError(f"{place} holds no certificate in PEM.")
     try:
         return _parse(ssl.PEM_cert_to_DER_cert(match[0]))
     except (ValueError, IndexError) as error:
-        raise CertificateError(f"The certificate in {path} is damaged.") from error
+        raise CertificateError(f"The certificate in {place} is damaged.") from error
 
 
 def _parse(der: bytes) -> Certificate:
