@@ -104,11 +104,18 @@ async def opened(url: str, count: int) -> AsyncIterator[list[Client]]:
             client.close()
 
 
-class Load:
-    """Clients that post and read, each with a connection that it keeps as long as it can."""
+# Between one request and the next: the processors are for the server, too.
+_PACE_SECONDS = 0.02
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+
+class Load:
+    """Clients that post and read, each with a connection that it keeps as long as it can.
+
+    Of several servers, one that takes no connection is passed over, as proxies do.
+    """
+
+    def __init__(self, *urls: str) -> None:
+        self._urls = urls
         self.open: dict[int, Client] = {}
         self.answered = 0
         self.posted: list[str] = []
@@ -121,15 +128,17 @@ class Load:
     async def going_on(self, count: int) -> AsyncIterator[Load]:
         """Have so many clients go on while the block lasts."""
         self._ended = False
-        async with asyncio.TaskGroup() as group:
-            for number in range(count):
-                group.create_task(self._ask(number))
-            try:
-                yield self
-            finally:
-                self._ended = True
-        for client in self.open.values():
-            client.close()
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number in range(count):
+                    group.create_task(self._ask(number))
+                try:
+                    yield self
+                finally:
+                    self._ended = True
+        finally:
+            for client in self.open.values():
+                client.close()
 
     async def more(self, count: int) -> None:
         """Wait for so many more answers."""
@@ -139,6 +148,7 @@ class Load:
     async def _ask(self, number: int) -> None:
         step = 0
         while not self._ended:
+            await asyncio.sleep(_PACE_SECONDS)
             step += 1
             message = f"{number}-{step}"
             try:
@@ -159,10 +169,22 @@ class Load:
             self.open.pop(number).close()
             client = None
         if client is None:
-            client = Client(self._url)
-            await client.open()
-            self.open[number] = client
+            client = self.open[number] = await self._connected(number)
         return client
+
+    async def _connected(self, number: int) -> Client:
+        first = number % len(self._urls)
+        refusal = None
+        for url in self._urls[first:] + self._urls[:first]:
+            client = Client(url)
+            try:
+                await client.open()
+            except OSError as error:
+                refusal = error
+            else:
+                return client
+        assert refusal is not None
+        raise refusal
 
     async def _one(self, client: Client, message: str, *, is_post: bool) -> None:
         body = json.dumps({"name": "ann", "message": message}).encode() if is_post else b""

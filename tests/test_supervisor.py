@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import psutil
@@ -29,8 +30,18 @@ CLIENTS = 8
 
 def workers(server: Server) -> list[psutil.Process]:
     """The processes that serve; each stays the same object as long as it runs."""
-    children = psutil.Process(server.pid).children()
-    return [child for child in children if "--fd" in child.cmdline()]
+    found = []
+    for child in psutil.Process(server.pid).children():
+        with suppress(psutil.Error):  # it has just ended
+            if "--fd" in child.cmdline():
+                found.append(child)
+    return found
+
+
+def is_alive(worker: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return worker.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +144,7 @@ async def test_who_has_connected_when_the_signal_comes_is_answered_by_the_last_w
             assert await asyncio.to_thread(server.wait) == 0
             assert server.log == ""
         assert not (folder / "s").exists()
-        assert not any(worker.is_running() for worker in all_of_them)
+        assert not any(is_alive(worker) for worker in all_of_them)
 
 
 def test_a_worker_that_hangs_is_killed_and_replaced_and_systemd_is_told_of_all(
@@ -169,7 +180,7 @@ def test_a_supervisor_that_is_killed_leaves_nothing_running() -> None:
         assert len(left) == 2
         assert len(running(folder)) > 0
         server.kill()
-        wait_until(lambda: not any(worker.is_running() for worker in left))
+        wait_until(lambda: not any(is_alive(worker) for worker in left))
         wait_until(lambda: running(folder) == [])
 
 
@@ -183,10 +194,10 @@ def test_a_second_signal_ends_all_workers_at_once(database_url: str) -> None:
             assert len(all_of_them) == 2
             wait_until(lambda: any(one.net_connections("tcp") for one in all_of_them))
             server.process.terminate()
-            wait_until(lambda: sum(worker.is_running() for worker in all_of_them) == 1)
+            wait_until(lambda: sum(is_alive(worker) for worker in all_of_them) == 1)
             server.process.terminate()
             assert server.wait() == 128 + signal.SIGTERM
-            assert not any(worker.is_running() for worker in all_of_them)
+            assert not any(is_alive(worker) for worker in all_of_them)
 
 
 def test_what_is_wrong_with_all_of_them_is_said_once(tmp_path: Path, database_url: str) -> None:

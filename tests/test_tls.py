@@ -273,6 +273,16 @@ async def test_a_signal_stops_the_server_within_three_seconds(  # noqa: PLR0913,
     assert "Traceback" not in server.log, server.log
 
 
+async def test_a_connection_of_http_2_has_no_end_of_requests(
+    tls_server: Server, trusting: ssl.SSLContext
+) -> None:
+    async with httpx2.AsyncClient(verify=trusting, http2=True, timeout=30) as client:
+        # Hypercorn ends it after 1000, and loses the request that is one too many.
+        for _ in range(1010):
+            answer = await client.get(f"{tls_server.url}/v1/limits")
+            assert (answer.status_code, answer.http_version) == (200, "HTTP/2")
+
+
 # What is given, and what has to be said of it.
 UNUSABLE = {
     "only the certificate": (("--certfile", "cert.pem"), "--keyfile"),
