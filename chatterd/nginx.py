@@ -323,9 +323,9 @@ proxy_request_buffering on;
 proxy_buffer_size 16k;
 proxy_buffers 8 64k;
 proxy_busy_buffers_size 128k;
-# Together less than the 16 KiB that the server takes.
+# Together about the 16 KiB that the server takes.
 client_header_buffer_size 1k;
-large_client_header_buffers 2 7k;
+large_client_header_buffers 2 8k;
 client_max_body_size @JSON_MAX@;
 
 proxy_http_version 1.1;

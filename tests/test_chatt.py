@@ -51,7 +51,6 @@ NO_IDS = {
     "no hexadecimal": ID.replace("7", "g"),
     "other digits": ID.replace("4", "%D9%A4"),
     "a line feed": f"{ID}%0A",
-    "NUL": "%00",
     "SQL": "%27%20OR%201=1%20--",
     "long": "a" * 5000,
 }
@@ -109,18 +108,34 @@ async def test_addresses_are_of_the_host_that_the_reader_asked(
     etags = set()
     for host in ("one.example", "other.example:8443"):
         response = await client.get(path, headers={"Host": host})
-        assert [response.json()] == await objects(database, f"http://{host}")
+        assert [response.json()] == await objects(database, f"{client.base_url.scheme}://{host}")
         etags.add(response.headers["etag"])
     assert len(etags) == 2
 
 
-@pytest.mark.parametrize("chatt_id", NO_IDS.values(), ids=NO_IDS)
+@pytest.mark.parametrize(
+    "chatt_id",
+    [
+        *(pytest.param(value, id=name) for name, value in NO_IDS.items()),
+        # To Nginx it is no path at all: its 404 is that of any address that is not there.
+        pytest.param("%00", id="NUL", marks=pytest.mark.direct(reason="Nginx takes no %00")),
+    ],
+)
 async def test_an_id_of_no_chatt_is_not_found(client: httpx2.AsyncClient, chatt_id: str) -> None:
     token = {"Chatterd-Delete-Token": "a" * 24}
     for method, headers in (("GET", {}), ("DELETE", {}), ("DELETE", token)):
         response = await client.request(method, f"/v1/chatts/{chatt_id}", headers=headers)
         assert len(problem(response, 404)) < 200
         assert response.json()["code"] == "chatt-not-found"
+
+
+@pytest.mark.direct(reason="this Nginx takes no field that comes in several lines, against the RFC")
+async def test_a_known_tag_may_come_in_a_line_of_its_own(client: httpx2.AsyncClient) -> None:
+    path = f"/v1/chatts/{(await post(client, 'hi'))['id']}"
+    etag = (await client.get(path)).headers["etag"]
+    lines = [("If-None-Match", '"a"'), ("If-None-Match", etag)]
+    response = await client.get(path, headers=lines)
+    assert (response.status_code, response.content) == (304, b"")
 
 
 async def test_a_known_chatt_is_answered_304_until_it_changes(
@@ -133,10 +148,8 @@ async def test_a_known_chatt_is_answered_304_until_it_changes(
     assert re.fullmatch(r'"[!#-~]+"', etag), "no strong entity tag"
     assert got.headers["cache-control"] == "no-cache"
     await post(client, "another")
-    lines = [("If-None-Match", '"a"'), ("If-None-Match", etag)]
-    for known in (etag, f'"a", {etag}', "*", f"W/{etag}", lines):
-        headers = [("If-None-Match", known)] if isinstance(known, str) else known
-        response = await client.get(path, headers=headers)
+    for known in (etag, f'"a", {etag}', "*", f"W/{etag}"):
+        response = await client.get(path, headers={"If-None-Match": known})
         assert (response.status_code, response.content) == (304, b""), known
         assert response.headers["etag"] == etag
         assert response.headers["cache-control"] == "no-cache"

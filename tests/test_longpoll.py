@@ -143,11 +143,11 @@ async def test_without_a_limit_no_more_than_fifty_come_at_once(
 async def test_addresses_are_of_the_host_that_the_reader_asked(
     client: httpx2.AsyncClient, database: Connection
 ) -> None:
-    since = await cursor_of(client)
+    since, scheme = await cursor_of(client), client.base_url.scheme
     await database.execute(A_FEW)
     for host in ("one.example", "other.example:8443"):
         response = await client.get(f"/v1/chatts?since={since}", headers={"Host": host})
-        assert response.json()["chatts"] == await objects(database, f"http://{host}", "seq")
+        assert response.json()["chatts"] == await objects(database, f"{scheme}://{host}", "seq")
 
 
 @pytest.mark.parametrize("path", ["/v1/chatts", "/v1/chatts/"])

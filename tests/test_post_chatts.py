@@ -284,6 +284,7 @@ async def test_a_declared_length_over_every_limit_is_refused_before_the_body_is_
     await media.assert_nothing_is_left(server, database)
 
 
+@pytest.mark.direct(reason="Nginx waits for the whole of what may be a form")
 @pytest.mark.usefixtures("client")
 async def test_a_json_body_over_its_limit_is_refused_while_the_client_waits(
     server: Server, database: Connection

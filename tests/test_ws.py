@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
@@ -25,7 +26,6 @@ from tests.test_tls import authority, pem, tls_options, trusting
 from tests.test_writer import held_log
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import AsyncIterator
 
     import httpx2
@@ -153,12 +153,15 @@ async def socket_of(
 ) -> AsyncIterator[Socket]:
     """Connect; `host` is what the request says of it."""
     address = urlsplit(server.url)
+    assert address.hostname
+    is_tls = address.scheme == "https"
     async with connect(
         f"{address.scheme.replace('http', 'ws')}://{host or address.netloc}{path}",
         host=address.hostname,
         port=address.port,
         proxy=None,
-        ssl=context,
+        ssl=(context or ssl.create_default_context()) if is_tls else None,
+        server_hostname=address.hostname if is_tls else None,
         additional_headers={"X-Request-Id": request_id},
     ) as connection:
         yield Socket(connection)
@@ -278,12 +281,13 @@ async def test_addresses_are_of_the_host_that_each_client_asked(
     server: Server, database: Connection
 ) -> None:
     hosts = ["one.example", "other.example:8443", "one.example"]
+    scheme = urlsplit(server.url).scheme
     async with AsyncExitStack() as stack:
         sockets = [await stack.enter_async_context(socket_of(server, host=host)) for host in hosts]
         begins = [await socket.follow() for socket in sockets]
         await database.execute(A_FEW)
         for socket, begin, host in zip(sockets, begins, hosts, strict=True):
-            assert await socket.events(5) == await log_of(database, f"http://{host}", begin)
+            assert await socket.events(5) == await log_of(database, f"{scheme}://{host}", begin)
 
 
 async def test_over_tls_addresses_are_https(
