@@ -67,7 +67,6 @@ class Edge:
             await self.app(scope, receive, send)
             return
         started = perf_counter()
-        metrics.IN_FLIGHT.value += 1
         proxy.restore(scope)
         host, request_id, has_body = _head(scope)
         if not request_id or not _SANE_REQUEST_ID.fullmatch(request_id):
@@ -101,6 +100,7 @@ class Edge:
         task = asyncio.current_task()
         assert task is not None
         self._requests.add(task)
+        metrics.IN_FLIGHT.value += 1
         try:
             await app(scope, receive, send_answer)
             is_whole = True
@@ -126,7 +126,6 @@ class Edge:
     async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a WebSocket be served, or refuse it by a problem as long as it is not accepted."""
         started = perf_counter()
-        metrics.IN_FLIGHT.value += 1
         proxy.restore(scope)
         host, request_id, _ = _head(scope)
         if not request_id or not _SANE_REQUEST_ID.fullmatch(request_id):
@@ -149,6 +148,7 @@ class Edge:
         task = asyncio.current_task()
         assert task is not None
         self._requests.add(task)
+        metrics.IN_FLIGHT.value += 1
         app = self.app
         if not _names_one_of(self._allowed_hosts, host):
             app = problem_response(_host_not_allowed(), scope["request_id"])

@@ -28,6 +28,7 @@ WAITS: Final = "chatterd.waits"
 """Where a scope says for what kind of wait a request is: its time tells nothing of the server."""
 
 _WRITE_SECONDS: Final = 0.2
+_FINISH_SECONDS: Final = 0.5
 LINES_MAX: Final = 20_000
 _WORD_MAX: Final = 50
 _PATH_MAX: Final = 200
@@ -61,6 +62,7 @@ class Output:
         self._lines: deque[bytes] = deque()
         self._writing = threading.Lock()
         self._is_wanted = threading.Event()
+        self._is_last = threading.Event()
         self._thread: threading.Thread | None = None
 
     def put(self, line: bytes) -> None:
@@ -75,9 +77,10 @@ class Output:
                 self._thread = threading.Thread(target=self._write, name="log", daemon=True)
                 self._thread.start()
 
-    def flush(self, *, wait: bool = True) -> None:
-        """Write what is there. Without `wait`, leave it to whoever is writing already."""
-        if not self._writing.acquire(blocking=wait):
+    def flush(self) -> None:
+        """Write what is there, unless somebody is writing, who is left to do it."""
+        if not self._writing.acquire(blocking=False):
+            self._is_wanted.set()
             return
         try:
             lines = [self._lines.popleft() for _ in range(len(self._lines))]
@@ -90,10 +93,19 @@ class Output:
         finally:
             self._writing.release()
 
+    def finish(self) -> None:
+        """Have everything written, if that does not take long: a process must come to its end."""
+        self._is_last.set()
+        deadline = time.monotonic() + _FINISH_SECONDS
+        while (self._lines or self._writing.locked()) and time.monotonic() < deadline:
+            self._is_wanted.set()
+            time.sleep(0.001)
+        self._is_last.clear()
+
     def _write(self) -> None:
         while True:
             self._is_wanted.wait()
-            time.sleep(_WRITE_SECONDS)
+            self._is_last.wait(_WRITE_SECONDS)
             self._is_wanted.clear()
             self.flush()
 
@@ -132,13 +144,13 @@ class _Handler(logging.Handler):
                 _encodable(traceback),
             )
             self._output.put(self._line_of(facts))
-            self._output.flush(wait=False)
+            self._output.flush()
         except Exception:  # noqa: BLE001 - logging's own way for what a handler meets
             self.handleError(record)
 
     def flush(self) -> None:
-        """Write everything; `logging` calls it at the end of the process."""
-        self._output.flush()
+        """Have everything written; `logging` calls it at the end of the process."""
+        self._output.finish()
 
 
 class Requests:

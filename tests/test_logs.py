@@ -292,6 +292,7 @@ def test_a_log_that_nobody_reads_holds_nothing_up_and_is_bounded() -> None:
     began = time.monotonic()
     for _ in range(3 * LINES_MAX):
         output.put(line)
+    output.finish()
     # Some are in the pipe, and with whoever writes into it.
     assert 0 < output.dropped < 3 * LINES_MAX
     assert time.monotonic() - began < 20
@@ -301,6 +302,6 @@ def test_a_log_that_nobody_reads_holds_nothing_up_and_is_bounded() -> None:
         data = os.read(reading, 65536)
         received += len(data)
     assert received == left * len(line)
-    output.flush()  # nobody writes any more
+    output.finish()  # nobody writes any more
     os.close(writing)
     os.close(reading)

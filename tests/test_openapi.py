@@ -149,6 +149,8 @@ CASES = [
     Case(200, "GET", "/v1/limits"),
     Case(200, "GET", "/livez"),
     Case(200, "GET", "/readyz"),
+    Case(200, "GET", "/metrics"),
+    Case(200, "GET", "/metrics", "", {"Accept": "application/openmetrics-text"}),
     Case(200, "GET", "/web/{name}", given={"name": "app.js"}),
     Case(304, "GET", "/web/{name}", "", {"If-None-Match": "*"}, given={"name": "app.js"}),
     Case(404, "GET", "/web/{name}", given={"name": "unknown.js"}),
@@ -338,9 +340,17 @@ async def test_what_a_server_at_its_limits_answers_is_as_the_document_says(
     start_server: StartServer,
 ) -> None:
     server = start_server(
-        UPLOADS_MAX="1", UPLOAD_TIMEOUT="2", MEDIA_TOTAL_SIZE="1", STREAM_MAX_SUBSCRIBERS="0"
+        UPLOADS_MAX="1",
+        UPLOAD_TIMEOUT="2",
+        MEDIA_TOTAL_SIZE="1",
+        STREAM_MAX_SUBSCRIBERS="0",
+        METRICS_ALLOWED="10.0.0.1",
     )
     async with client_of(server) as client:
+        for method in ("GET", "HEAD"):
+            response = await client.request(method, "/metrics")
+            assert response.status_code == 403
+            assert_documented(response, method, "/metrics")
         cursor = (await client.get("/v1/chatts")).json()["cursor"]
         await assert_full(client, "GET", "/v1/stream")
         await assert_full(client, "HEAD", "/v1/stream")
@@ -433,6 +443,7 @@ def test_every_status_of_the_document_is_asked_for_here() -> None:
     asked |= {(*operation, status) for operation in OPERATIONS for status in ("400", "405")}
     asked |= {(*operation, "503") for operation in ASKING_THE_DATABASE}
     asked |= {("POST", path, "409") for path in POSTS}
+    asked |= {(method, "/metrics", "403") for method in ("GET", "HEAD")}
     asked |= {("POST", path, status) for path in FORMS for status in ("408", "503", "507")}
     asked |= {("GET", "/v1/stream", "200"), ("GET", WEB_SOCKET, "101"), ("GET", WEB_SOCKET, "503")}
     # No request is known that meets a fault of the server.
