@@ -56,6 +56,22 @@ def _keep_temporary_files_in_memory() -> None:
 _keep_temporary_files_in_memory()
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Let one more than there are processors run tests: many of them wait."""
+    return (os.cpu_count() or 1) + 1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the tests that may take longer than others, lest all wait for them at the end."""
+    usual = float(config.getini("timeout"))
+
+    def is_short(item: pytest.Item) -> bool:
+        marker = item.get_closest_marker("timeout")
+        return marker is None or marker.args[0] <= usual
+
+    items.sort(key=is_short)
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
