@@ -18,7 +18,7 @@ serve: $(VENV)/installed ## Run chatterd on http://127.0.0.1:8000 (SERVE_ARGS="-
 	@exec $(BIN)/chatterd serve $(SERVE_ARGS)
 
 test: $(VENV)/installed-dev ## Run the tests (TEST_ARGS="-k media")
-	@exec $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
+	@exec $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(TEST_ARGS)
 
 check: $(VENV)/installed-dev ## Lint, formatting, types, and whether models and migrations agree
 	$(BIN)/ruff check

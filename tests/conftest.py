@@ -62,7 +62,20 @@ def _keep_temporary_files_in_memory() -> None:
 _keep_temporary_files_in_memory()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_xdist_auto_num_workers() -> int:
+    """Let one more than there are processors run tests: many of them wait."""
+    return (os.cpu_count() or 1) + 1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the tests that may take longer than others, lest all wait for them at the end."""
+    usual = float(config.getini("timeout"))
+
+    def is_short(item: pytest.Item) -> bool:
+        marker = item.get_closest_marker("timeout")
+        return marker is None or marker.args[0] <= usual
+
+    items.sort(key=is_short)
     for item in items:
         if THROUGH and (direct := item.get_closest_marker("direct")):
             item.add_marker(pytest.mark.skip(reason=direct.kwargs["reason"]))
