@@ -45,6 +45,7 @@ examples:
   chatterd serve                            on http://127.0.0.1:8000, for trying it out
   chatterd serve --host 0.0.0.0             reachable for phones in the same network
   chatterd serve --port 8443 --certfile cert.pem --keyfile key.pem
+  chatterd serve --uds /run/chatterd.sock --workers 4
   DATABASE_URL=postgresql://me@localhost/chatter chatterd migrate
   chatterd doctor                           what is wrong, and how to mend it
   chatterd media doctor                     are all pictures and videos there, and whole?
@@ -174,8 +175,9 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve",
         help="run the server",
-        description="Run the server until Ctrl-C or SIGTERM. Requests under way get a moment to"
-        " finish; posts that were answered are in the database.",
+        description="Run the server until Ctrl-C or SIGTERM. Requests under way get"
+        " SHUTDOWN_TIMEOUT to finish, unless a second signal comes; posts that were answered are in"
+        " the database.",
         formatter_class=_Help,
     )
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on")

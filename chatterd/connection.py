@@ -72,7 +72,7 @@ class Connections:
 
     def abort(self) -> None:
         """Close all at once, whatever is still to be sent."""
-        for connection in self._open:
+        for connection in list(self._open):
             connection.writer.transport.abort()
 
 
@@ -166,16 +166,18 @@ class Connection(tcp_server.TCPServer):
         if transport.is_closing():
             return False
         transport.pause_reading()
+        has_more = True
         try:
             # What has been read comes to the protocol, which ends this if it is a request.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             unread = select.poll()
             unread.register(self.writer.get_extra_info("socket").fileno(), select.POLLIN)
-            return self._head_has_begun() or unread.poll(0) != []
+            has_more = self._head_has_begun() or unread.poll(0) != []
         finally:
-            if not transport.is_closing():
+            if has_more and not transport.is_closing():
                 transport.resume_reading()
+        return has_more
 
     async def _close(self) -> None:
         self._release()

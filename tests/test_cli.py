@@ -17,7 +17,16 @@ if TYPE_CHECKING:
 
 OPTIONS = {
     (): {"--help", "--version", "serve", "migrate", "doctor", "media"},
-    ("serve",): {"--help", "--host", "--port", "--certfile", "--keyfile", "--reload"},
+    ("serve",): {
+        "--help",
+        "--host",
+        "--port",
+        "--certfile",
+        "--keyfile",
+        "--reload",
+        "--uds",
+        "--workers",
+    },
     ("migrate",): {"--help"},
     ("doctor",): {
         "--help",

@@ -8,14 +8,18 @@ import signal
 import socket
 import stat
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import httpx2
 import psutil
 import pytest
 
+from chatterd.listener import Address, Listener
 from tests.load import Client, Load, opened
+from tests.multipart import until
 from tests.process import Server, assert_refused, open_folder, run
 
 if TYPE_CHECKING:
@@ -52,28 +56,57 @@ async def test_who_has_connected_when_the_signal_comes_is_answered(
             client.send("POST", "/postchatt", POST)
         server.process.send_signal(signal.SIGTERM)
         process.resume()
-        for client in clients:
-            assert await client.answer() == (200, b"{}")
-            assert client.is_over, "the answer says that it is the last"
-            assert await client.rest() == b""
+        await assert_last(clients)
     assert await asyncio.to_thread(server.wait) == 0
     assert "Traceback" not in server.log, server.log
 
 
-async def test_a_request_that_follows_the_signal_on_a_kept_connection_is_answered(
-    start_server: StartServer,
+# An idle connection stays longer than the second it has, for the tests' own slowness.
+SLOWER = """
+from chatterd import connection
+connection._LAST_SECONDS = 3
+from chatterd.cli import main
+main()
+"""
+
+
+async def test_a_request_that_comes_on_a_kept_connection_after_the_signal_is_answered(
+    tmp_path: Path, database_url: str
 ) -> None:
-    server = start_server()
-    async with opened(server.url, CLIENTS) as clients:
-        await answered(clients)
-        server.process.send_signal(signal.SIGTERM)
-        for client in clients:
-            client.send("POST", "/postchatt", POST)
-        for client in clients:
-            assert await client.answer() == (200, b"{}")
-        for client in clients:
-            assert await client.rest() == b""
-    assert await asyncio.to_thread(server.wait) == 0
+    with Server(tmp_path, program=("-c", SLOWER), DATABASE_URL=database_url) as server:
+        process = psutil.Process(server.pid)
+        async with opened(server.url, 5) as soon, opened(server.url, 5) as late:
+            await answered([*soon, *late])
+            server.process.send_signal(signal.SIGTERM)
+            await until(lambda: not accepts(server))
+            for client in soon:
+                client.send("POST", "/postchatt", POST)
+            await assert_last(soon)
+            # Those that come in the moment of closing: the time is over, and what they sent waits.
+            process.suspend()
+            await asyncio.sleep(3.5)
+            for client in late:
+                client.send("POST", "/postchatt", POST)
+            process.resume()
+            await assert_last(late)
+        assert await asyncio.to_thread(server.wait) == 0
+
+
+async def assert_last(clients: list[Client]) -> None:
+    """Check that each gets an answer to its post, which says that it is the last."""
+    for client in clients:
+        assert await client.answer() == (200, b"{}")
+        assert client.is_over
+        assert await client.rest() == b""
+
+
+def accepts(server: Server) -> bool:
+    host, port = server.url.removeprefix("http://").split(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=30).close()
+    except ConnectionError:
+        return False
+    return True
 
 
 async def answered(clients: list[Client]) -> None:
@@ -132,6 +165,31 @@ async def test_a_server_takes_the_place_of_another_without_a_moment_between(
     assert sorted(row["message"] for row in rows) == sorted(load.posted)
     assert await asyncio.to_thread(new.stop) == 0
     assert not path.exists()
+
+
+def test_the_path_leads_to_a_socket_that_listens_at_every_moment(folder: Path) -> None:
+    address = Address(uds=folder / "s")
+    over = threading.Event()
+    refused: list[OSError] = []
+
+    def connect() -> None:
+        while not over.is_set():
+            with socket.socket(socket.AF_UNIX) as client:
+                try:
+                    client.connect(str(address.uds))
+                except OSError as error:
+                    refused.append(error)
+
+    with ExitStack() as listeners:
+        listeners.enter_context(Listener(address))
+        connecting = threading.Thread(target=connect)
+        connecting.start()
+        for _ in range(100):
+            listeners.enter_context(Listener(address))
+        over.set()
+        connecting.join()
+    assert refused == []
+    assert list(folder.iterdir()) == []
 
 
 def test_what_a_killed_server_left_is_replaced(folder: Path, start_server: StartServer) -> None:
