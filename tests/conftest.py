@@ -40,10 +40,21 @@ assert THROUGH in {"", "nginx", "nginx-h2"}, THROUGH
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what does not go through Nginx, where the tests are run through it."""
+    if not THROUGH:
+        return
+    left_out = [item for item in items if not _asks_the_shared_server(item)]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
     for item in items:
-        if THROUGH and (direct := item.get_closest_marker("direct")):
+        if direct := item.get_closest_marker("direct"):
             item.add_marker(pytest.mark.skip(reason=direct.kwargs["reason"]))
+
+
+def _asks_the_shared_server(item: pytest.Item) -> bool:
+    fixtures = getattr(item, "fixturenames", ())
+    return "server" in fixtures and "start_server" not in fixtures
 
 
 @pytest.fixture(scope="session")
