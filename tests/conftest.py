@@ -76,9 +76,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return marker is None or marker.args[0] <= usual
 
     items.sort(key=is_short)
+    if not THROUGH:
+        return
+    # What does not go through Nginx is left out where the tests are run through it.
+    left_out = [item for item in items if not _asks_the_shared_server(item)]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
     for item in items:
-        if THROUGH and (direct := item.get_closest_marker("direct")):
+        if direct := item.get_closest_marker("direct"):
             item.add_marker(pytest.mark.skip(reason=direct.kwargs["reason"]))
+
+
+def _asks_the_shared_server(item: pytest.Item) -> bool:
+    fixtures = getattr(item, "fixturenames", ())
+    return "server" in fixtures and "start_server" not in fixtures
 
 
 @pytest.fixture(scope="session")
