@@ -54,16 +54,19 @@ _KEYS_LISTED: Final = 100
 _STATEMENT_SECONDS: Final = 24 * 3600.0
 _NAMED_AFTER: Final = Statement(named_media_after(PAGE))
 # What a value's text depends on, and the limits that the role or the database may have.
-_SESSION: Final = """
+_SESSION: Final = (
+    """
+    SET statement_timeout = 0;
+    SET lock_timeout = '5s';
     SET datestyle = 'ISO, YMD';
     SET timezone = 'UTC';
     SET bytea_output = 'hex';
-    SET lock_timeout = '5s';
-    SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN (
-        'statement_timeout', 'transaction_timeout', 'idle_session_timeout',
-        'idle_in_transaction_session_timeout'
-    );
-"""
+    """,
+    """
+    SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN
+        ('transaction_timeout', 'idle_session_timeout', 'idle_in_transaction_session_timeout')
+    """,
+)
 
 
 @dataclass
@@ -185,7 +188,8 @@ async def connected(url: URL) -> AsyncIterator[Driver]:
         async with engine.connect() as connection:
             driver = (await connection.get_raw_connection()).driver_connection
             assert driver is not None
-            await driver.execute(_SESSION)
+            for statement in _SESSION:
+                await driver.execute(statement)
             yield driver
     except SchemaError:
         raise

@@ -114,7 +114,7 @@ def postgres_url() -> Iterator[URL]:
 
 @pytest.fixture
 def empty_database(postgres_url: URL) -> Iterator[str]:
-    with _new_database(postgres_url) as url:
+    with new_database(postgres_url) as url:
         yield url
 
 
@@ -142,13 +142,14 @@ def database_url(postgres_url: URL) -> Iterator[str]:
 @contextmanager
 def database_at_head(postgres_url: URL) -> Iterator[str]:
     """Make a database with our tables; remove it."""
-    with _new_database(postgres_url) as url:
+    with new_database(postgres_url) as url:
         migrate(make_url(url))
         yield url
 
 
 @contextmanager
-def _new_database(postgres_url: URL) -> Iterator[str]:
+def new_database(postgres_url: URL) -> Iterator[str]:
+    """Make a database with nothing in it; remove it."""
     name = f"test_{uuid.uuid4().hex}"
 
     async def run(statement: str) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tests.multipart import Connection
 
 OPTIONS = {
-    (): {"--help", "--version", "serve", "migrate", "doctor", "media"},
+    (): {"--help", "--version", "serve", "migrate", "doctor", "media", "nginx", "backup", "restore"},
     ("serve",): {
         "--help",
         "--host",
@@ -41,6 +41,8 @@ OPTIONS = {
     ("media",): {"--help", "doctor", "sweep"},
     ("media", "doctor"): {"--help", "--json"},
     ("media", "sweep"): {"--help", "--older-than", "--delete"},
+    ("backup",): {"--help", "FILE", "verify FILE"},
+    ("restore",): {"--help", "FILE"},
 }
 
 
@@ -105,6 +107,12 @@ def test_version_is_that_of_the_package(tmp_path: Path) -> None:
         (("media", "sweep", "--older-than", "1h"), "'1h'"),
         (("media", "sweep", "--older-than=-1"), "'-1'"),
         (("media", "sweep", "--older-than", "1234567890"), "0 to 999999999"),
+        (("backup",), "FILE"),
+        (("backup", "verify"), "./verify"),
+        (("backup", "a.tar", "b.tar"), "verify FILE"),
+        (("backup", "verify", "a.tar", "b.tar"), "verify FILE"),
+        (("restore",), "FILE"),
+        (("restore", "a.tar", "b.tar"), "b.tar"),
     ],
 )
 def test_a_wrong_call_is_status_2_and_says_what_was_wrong(
