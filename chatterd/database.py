@@ -325,8 +325,8 @@ def alembic_config(url: URL) -> Config:
     package = Path(__file__).parent
     checkout = package.parent / "alembic"
     config = Config()
-    # A wheel carries the revisions inside the package.
-    location = checkout if checkout.is_dir() else package / "migrations"
+    # A wheel carries the revisions inside the package, which then lies beside the library alembic.
+    location = checkout if (checkout / "env.py").is_file() else package / "migrations"
     config.set_main_option("script_location", str(location).replace("%", "%%"))
     config.attributes["url"] = url
     return config
