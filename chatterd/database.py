@@ -423,8 +423,8 @@ def _migrations() -> Path:
     """Return the folder of alembic's environment, wherever chatterd is installed."""
     package = Path(__file__).parent
     checkout = package.parent / "alembic"
-    # A wheel carries the revisions inside the package.
-    return checkout if checkout.is_dir() else package / "migrations"
+    # A wheel carries the revisions inside the package, which then lies beside the library alembic.
+    return checkout if (checkout / "env.py").is_file() else package / "migrations"
 
 
 def alembic_config(url: URL) -> "Config":

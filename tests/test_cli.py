@@ -1,22 +1,27 @@
 """The `chatterd` command: its help, its exits, and `migrate`."""
 
 import re
+import shutil
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import alembic
 import pytest
 from sqlalchemy.engine import URL
 
 from tests.conftest import connected
-from tests.process import assert_refused, run
+from tests.process import ROOT, assert_refused, run
 
 if TYPE_CHECKING:
     from tests.multipart import Connection
 
 OPTIONS = {
-    (): {"--help", "--version", "serve", "migrate", "doctor", "media", "nginx", "backup", "restore"},
+    (): {
+        *("--help", "--version", "serve", "migrate", "doctor"),
+        *("media", "nginx", "backup", "restore"),
+    },
     ("serve",): {
         "--help",
         "--host",
@@ -41,6 +46,10 @@ OPTIONS = {
     ("media",): {"--help", "doctor", "sweep"},
     ("media", "doctor"): {"--help", "--json"},
     ("media", "sweep"): {"--help", "--older-than", "--delete"},
+    ("nginx",): {
+        *("--help", "--server-name", "--upstream", "--certificate", "--certificate-key"),
+        *("--port", "--http-port"),
+    },
     ("backup",): {"--help", "FILE", "verify FILE"},
     ("restore",): {"--help", "FILE"},
 }
@@ -133,6 +142,17 @@ def test_migrate_makes_the_schema_and_a_second_time_changes_nothing(
     assert re.fullmatch(r"The schema is at revision [0-9a-f]+\.\n", first.stdout)
     assert (second.returncode, second.stdout, second.stderr) == (0, first.stdout, "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_migrate_works_where_a_wheel_is_installed(tmp_path: Path, empty_database: str) -> None:
+    site = tmp_path / "site-packages"
+    shutil.copytree(ROOT / "chatterd", site / "chatterd")
+    # As pyproject.toml has it, beside the library of that name.
+    shutil.copytree(ROOT / "alembic", site / "chatterd" / "migrations")
+    (site / "alembic").symlink_to(Path(alembic.__file__).parent)
+    done = run(tmp_path, "migrate", DATABASE_URL=empty_database, PYTHONPATH=str(site))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"The schema is at revision [0-9a-f]+\.\n", done.stdout)
 
 
 async def test_migrate_adopts_a_tutorials_table_and_prints_each_repair(

@@ -2,6 +2,9 @@
 
 import json
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import anyio
@@ -11,7 +14,7 @@ import pytest
 from chatterd.errors import CATALOGUE, MEANINGS
 from tests import samples
 from tests.ollama import FakeOllama, lines
-from tests.process import Server
+from tests.process import Server, environment
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -93,6 +96,137 @@ def test_the_settings_of_the_readme_are_those_of_the_example_file_with_their_def
     del documented["setting"], documented["---"]
     example = re.findall(r"^([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE)
     assert documented == dict(example)
+
+
+def settings_of_the_document() -> dict[str, str]:
+    text = (ROOT / "docs" / "settings.md").read_text()
+    return dict(
+        re.findall(r"^### `([A-Z_]+)`\n\n(.*?)(?=\n\n##|\Z)", text, re.MULTILINE | re.DOTALL)
+    )
+
+
+def test_every_setting_is_in_its_document_with_its_default() -> None:
+    example = re.findall(r"^([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    documented = settings_of_the_document()
+    assert sorted(documented) == sorted(name for name, _ in example)
+    for name, default in example:
+        begin = f"Default: `{default}`" if default else "Default: empty."
+        assert documented[name].startswith(begin), name
+
+
+TRIED = """
+import os, sys
+import asyncpg, sqlalchemy, starlette.config  # once: they take longest
+for line in sys.stdin.read().split():
+    if os.fork():
+        status = os.wait()[1]
+        print(line, "right" if status == 0 else "wrong", flush=True)
+        continue
+    name, _, value = line.partition("=")
+    os.environ[name] = value
+    try:
+        import chatterd.settings
+    except SystemExit:
+        os._exit(1)
+    os._exit(0)
+"""
+
+
+def test_the_numbers_that_the_document_allows_are_those_that_can_be_set(tmp_path: Path) -> None:
+    expected: dict[str, str] = {}
+    for name, text in settings_of_the_document().items():
+        if match := re.search(r"\b(\d+) to (\d+)", text.replace("\n", " ")):
+            least, most = int(match[1]), int(match[2])
+            expected |= {f"{name}={value}": "right" for value in (least, most)}
+            expected |= {f"{name}={value}": "wrong" for value in (least - 1, most + 1)}
+    assert len(expected) == 4 * 15
+    done = subprocess.run(
+        [sys.executable, "-c", TRIED],
+        input="\n".join(expected),
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert dict(line.split() for line in done.stdout.splitlines()) == expected
+
+
+# What comes with the next parts of this release.
+AWAITED = ("chatterd nginx", "chatterd backup", "chatterd restore", "--workers", "--uds")
+AWAITED_FILES = ("docs/backup.md", "docs/metrics.md", "deploy/systemd", "deploy/rolling-restart")
+
+GUIDES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+COMMAND = re.compile(
+    r"\bchatterd (?:serve|migrate|doctor|media|nginx|backup|restore)\b(?:[^\n`|>;&]|(?<=\n)    )*"
+)
+
+
+def commands_of_the_documents() -> list[str]:
+    """Each call of chatterd in a line of its own, or in words between backticks."""
+    found: set[str] = set()
+    for path in GUIDES:
+        text = path.read_text()
+        lines = re.findall(r"^    .*$", text, re.MULTILINE)
+        for part in (*lines, *re.findall(r"`([^`]+)`", text)):
+            # What stands behind a gap tells what the command is for.
+            words = (re.split(r" {3,}", each)[0].strip() for each in COMMAND.findall(part))
+            found.update(words)
+    return sorted(found)
+
+
+def awaited(text: str, parts: tuple[str, ...]) -> object:
+    marks = [pytest.mark.xfail] if any(part in text for part in parts) else []
+    return pytest.param(text, marks=marks)
+
+
+@pytest.mark.parametrize(
+    "command", [awaited(command, AWAITED) for command in commands_of_the_documents()]
+)
+def test_each_command_that_the_documents_name_can_be_given(command: str) -> None:
+    from chatterd.cli import _parser  # noqa: PLC0415 - only here
+
+    words = shlex.split(command)[1:]
+    if words in (["media"], ["serve"]):
+        return
+    _parser().parse_args(words)
+
+
+# By their paths here, or where install.md puts them; not those with a * or a <name> in them.
+NAMED = re.compile(
+    r"(?:(?<![\w./-])|(?<=/opt/chatterd/))"
+    r"((?:chatterd|docs|tests|alembic|deploy|bench)/[\w./@-]*\w)(?![\w<*-])"
+)
+
+
+def files_of_the_documents() -> list[str]:
+    """Each file of the repository that a document leads to or names."""
+    found: set[str] = set()
+    for path in GUIDES:
+        text = path.read_text()
+        links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)\s]*)?\)", text)
+        found.update(str((path.parent / link).resolve().relative_to(ROOT)) for link in links)
+        found.update(NAMED.findall(text))
+    return sorted(found - {"deploy/compose.env"})  # a copy that the operator makes
+
+
+@pytest.mark.parametrize(
+    "name", [awaited(name, AWAITED_FILES) for name in files_of_the_documents()]
+)
+def test_each_file_that_the_documents_name_is_there(name: str) -> None:
+    assert (ROOT / name).exists()
+
+
+def anchors_of(path: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_each_place_in_a_document_that_another_leads_to_is_there() -> None:
+    for path in GUIDES:
+        for file, anchor in re.findall(r"\]\(([^)#:\s]*)#([^)\s]+)\)", path.read_text()):
+            target = path.parent / file if file else path
+            assert anchor in anchors_of(target), f"{path.name}: {file}#{anchor}"
 
 
 @pytest.mark.parametrize(
