@@ -86,13 +86,11 @@ def test_the_services_have_what_they_name(compose: dict[str, Any]) -> None:
             assert service["user"] if service is services["configure"] else "user" not in service
 
 
-@pytest.mark.xfail  # comes with --workers
 def test_the_server_is_started_as_it_can_be(compose: dict[str, Any]) -> None:
     _parser().parse_args(compose["services"]["chatterd"]["command"])
     _parser().parse_args(compose["services"]["migrate"]["command"])
 
 
-@pytest.mark.xfail  # comes with chatterd nginx
 def test_nginx_is_configured_as_it_can_be(compose: dict[str, Any]) -> None:
     service = compose["services"]["configure"]
     assert service["entrypoint"] == ["sh", "-c"]

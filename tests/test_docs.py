@@ -152,10 +152,6 @@ def test_the_numbers_that_the_document_allows_are_those_that_can_be_set(tmp_path
     assert dict(line.split() for line in done.stdout.splitlines()) == expected
 
 
-# What comes with the next parts of this release.
-AWAITED = ("chatterd nginx", "chatterd backup", "chatterd restore", "--workers", "--uds")
-AWAITED_FILES = ("docs/backup.md", "docs/metrics.md", "deploy/systemd", "deploy/rolling-restart")
-
 GUIDES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 COMMAND = re.compile(
     r"\bchatterd (?:serve|migrate|doctor|media|nginx|backup|restore)\b(?:[^\n`|>;&]|(?<=\n)    )*"
@@ -175,14 +171,7 @@ def commands_of_the_documents() -> list[str]:
     return sorted(found)
 
 
-def awaited(text: str, parts: tuple[str, ...]) -> object:
-    marks = [pytest.mark.xfail] if any(part in text for part in parts) else []
-    return pytest.param(text, marks=marks)
-
-
-@pytest.mark.parametrize(
-    "command", [awaited(command, AWAITED) for command in commands_of_the_documents()]
-)
+@pytest.mark.parametrize("command", commands_of_the_documents())
 def test_each_command_that_the_documents_name_can_be_given(command: str) -> None:
     from chatterd.cli import _parser  # noqa: PLC0415 - only here
 
@@ -210,9 +199,7 @@ def files_of_the_documents() -> list[str]:
     return sorted(found - {"deploy/compose.env"})  # a copy that the operator makes
 
 
-@pytest.mark.parametrize(
-    "name", [awaited(name, AWAITED_FILES) for name in files_of_the_documents()]
-)
+@pytest.mark.parametrize("name", files_of_the_documents())
 def test_each_file_that_the_documents_name_is_there(name: str) -> None:
     assert (ROOT / name).exists()
 
