@@ -160,7 +160,8 @@ def test_a_worker_that_hangs_is_killed_and_replaced_and_systemd_is_told_of_all(
             hanging, other = workers(server)
             hanging.suspend()
             wait_until(lambda: f"Worker {hanging.pid} was silent for 5 s" in server.log)
-            wait_until(lambda: other in workers(server) and len(workers(server)) == 2)
+            wait_until(lambda: not is_alive(hanging) and len(workers(server)) == 2)
+            assert other in workers(server)
             server.process.send_signal(signal.SIGHUP)
             said = [b"WATCHDOG=1"]
             while said[-1] == b"WATCHDOG=1":
