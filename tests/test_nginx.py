@@ -9,6 +9,7 @@ import asyncio
 import json
 import re
 import shutil
+import ssl
 import statistics
 import time
 from contextlib import asynccontextmanager
@@ -30,7 +31,7 @@ from tests.nginx import (
     write_configuration,
 )
 from tests.process import Server, assert_refused, run
-from tests.streams import stream_of
+from tests.streams import has_place, http_2, place_is_free, stream_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -75,6 +76,7 @@ def pair(
 ) -> Iterator[Pair]:
     settings = {"DATABASE_URL": database_url, "TRUSTED_PROXIES": "127.0.0.1"} | LIMITS
     folder = tmp_path_factory.mktemp("nginx")
+    settings["STREAM_MAX_SUBSCRIBERS"] = "1"
     with (
         Server(tmp_path_factory.mktemp("server"), **settings) as server,
         Nginx(
@@ -523,6 +525,8 @@ async def test_the_numbers_of_each_instance_are_told_to_those_who_may_read_them(
 
 @pytest.mark.parametrize("http2", HTTP)
 async def test_a_stream_brings_an_event_within_200_ms(pair: Pair, *, http2: bool) -> None:
+    async with client_of(pair.server.url) as client:
+        await place_is_free(client)
     async with (
         client_of(pair.nginx.url, http2=http2) as reader,
         client_of(pair.nginx.url, http2=http2) as writer,
@@ -538,6 +542,19 @@ async def test_a_stream_brings_an_event_within_200_ms(pair: Pair, *, http2: bool
             seconds.append(time.monotonic() - begun)
             assert (await answering).status_code == 200
     assert statistics.median(seconds) < 0.2
+
+
+async def test_who_leaves_a_stream_of_http_2_gives_its_place_free(pair: Pair) -> None:
+    async with (
+        client_of(pair.server.url) as client,
+        http_2(pair.nginx.url, ssl.create_default_context()) as connection,
+    ):
+        await place_is_free(client)
+        number = await connection.stream()
+        await connection.until(number, b"retry: 2000")
+        assert not await has_place(client)
+        await connection.leave(number)
+        await place_is_free(client)
 
 
 @pytest.mark.parametrize("http2", HTTP)
