@@ -327,6 +327,9 @@ proxy_busy_buffers_size 128k;
 client_header_buffer_size 1k;
 large_client_header_buffers 2 8k;
 client_max_body_size @JSON_MAX@;
+# Over HTTP/2, what is a little too long is taken before it is refused: not every client that waits
+# to send the rest sees the refusal.
+http2_body_preread_size 128k;
 
 proxy_http_version 1.1;
 proxy_redirect off;

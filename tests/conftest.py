@@ -83,7 +83,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
     for item in items:
-        if direct := item.get_closest_marker("direct"):
+        direct = item.get_closest_marker("direct")
+        if direct and direct.kwargs.get("through", THROUGH) == THROUGH:
             item.add_marker(pytest.mark.skip(reason=direct.kwargs["reason"]))
 
 

@@ -184,6 +184,7 @@ async def test_an_answer_that_ollama_cuts_does_not_end_as_if_it_were_whole(
     assert whole.content == b"".join(lines("x"))
 
 
+@pytest.mark.direct(reason="over HTTP/2, httpx2 does not tell", through="nginx-h2")
 async def test_a_client_that_leaves_between_lines_cancels_the_request_to_ollama(
     client: httpx2.AsyncClient, ollama: FakeOllama
 ) -> None:
@@ -204,6 +205,7 @@ async def test_a_client_that_leaves_before_the_first_line_cancels_the_request_to
     assert await disconnected(ollama)
 
 
+@pytest.mark.direct(reason="over HTTP/2, httpx2 does not tell", through="nginx-h2")
 async def test_a_client_that_gives_up_waiting_cancels_the_request_to_ollama(
     client: httpx2.AsyncClient, ollama: FakeOllama
 ) -> None:

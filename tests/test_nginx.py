@@ -9,6 +9,7 @@ import asyncio
 import json
 import re
 import shutil
+import ssl
 import statistics
 import time
 from contextlib import asynccontextmanager
@@ -30,7 +31,7 @@ from tests.nginx import (
     write_configuration,
 )
 from tests.process import Server, assert_refused, run
-from tests.streams import stream_of
+from tests.streams import has_place, http_2, place_is_free, stream_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -75,6 +76,7 @@ def pair(
 ) -> Iterator[Pair]:
     settings = {"DATABASE_URL": database_url, "TRUSTED_PROXIES": "127.0.0.1"} | LIMITS
     folder = tmp_path_factory.mktemp("nginx")
+    settings["STREAM_MAX_SUBSCRIBERS"] = "1"
     with (
         Server(tmp_path_factory.mktemp("server"), **settings) as server,
         Nginx(
@@ -369,9 +371,9 @@ class Upstream:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
+        self.heads.append(head)
         length = re.search(rb"\ncontent-length: (\d+)", head.lower())
         await reader.readexactly(int(length[1]) if length else 0)
-        self.heads.append(head)
         writer.write(self._answer)
         writer.close()
 
@@ -409,7 +411,7 @@ async def test_where_no_instance_is_there_nginx_says_so_until_one_is(
 ) -> None:
     (port,) = free_ports(1)
     (tmp_path / "server").mkdir()
-    with Nginx(tmp_path, f"127.0.0.1:{port}") as nginx:
+    with Nginx(tmp_path, f"127.0.0.1:{port}", f"unix:{tmp_path}/absent.sock") as nginx:
         async with client_of(nginx.url) as client:
             for _ in range(5):
                 response = await client.get("/getchatts")
@@ -523,6 +525,8 @@ async def test_the_numbers_of_each_instance_are_told_to_those_who_may_read_them(
 
 @pytest.mark.parametrize("http2", HTTP)
 async def test_a_stream_brings_an_event_within_200_ms(pair: Pair, *, http2: bool) -> None:
+    async with client_of(pair.server.url) as client:
+        await place_is_free(client)
     async with (
         client_of(pair.nginx.url, http2=http2) as reader,
         client_of(pair.nginx.url, http2=http2) as writer,
@@ -540,9 +544,22 @@ async def test_a_stream_brings_an_event_within_200_ms(pair: Pair, *, http2: bool
     assert statistics.median(seconds) < 0.2
 
 
+async def test_who_leaves_a_stream_of_http_2_gives_its_place_free(pair: Pair) -> None:
+    async with (
+        client_of(pair.server.url) as client,
+        http_2(pair.nginx.url, ssl.create_default_context()) as connection,
+    ):
+        await place_is_free(client)
+        number = await connection.stream()
+        await connection.until(number, b"retry: 2000")
+        assert not await has_place(client)
+        await connection.leave(number)
+        await place_is_free(client)
+
+
 @pytest.mark.parametrize("http2", HTTP)
-@pytest.mark.parametrize("path", ["/getchatts", "/web/app.js", "/docs"])
-async def test_what_the_server_compresses_nginx_leaves_alone(
+@pytest.mark.parametrize("path", ["/getchatts", "/v1/chatts", "/web/app.js", "/docs"])
+async def test_nginx_compresses_nothing_and_leaves_alone_what_is_compressed(
     pair: Pair, path: str, *, http2: bool
 ) -> None:
     for accepted in ("gzip", "identity"):
