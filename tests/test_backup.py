@@ -132,13 +132,15 @@ async def start(folder: Path, *arguments: str, **settings: str) -> asyncio.subpr
 class Load:
     """People who post texts and pictures, and delete some of them, until they are told to stop.
 
-    posted: what was acknowledged, by id. deleted: ids of those whose deletion has begun.
+    posted: what was acknowledged, by id. deleting, deleted: ids of those whose deletion has begun,
+        or was acknowledged.
     """
 
     def __init__(self, client: httpx2.AsyncClient) -> None:
         self._client = client
         self._stopped = asyncio.Event()
         self.posted: dict[str, Any] = {}
+        self.deleting: set[str] = set()
         self.deleted: set[str] = set()
 
     async def run(self, number: int) -> None:
@@ -146,16 +148,17 @@ class Load:
         count = 0
         while not self._stopped.is_set():
             count += 1
-            chatt = await self._post(f"{number}.{count}")
+            chatt = await self._post(f"{number}.{count}", has_picture=count % 4 == 1)
             self.posted[chatt["id"]] = chatt
             mine.append(chatt)
             if count % 3 == 0:
                 gone = mine.pop(0)
-                self.deleted.add(gone["id"])
+                self.deleting.add(gone["id"])
                 await delete(self._client, gone)
+                self.deleted.add(gone["id"])
 
-    async def _post(self, text: str) -> Any:  # noqa: ANN401 - JSON
-        if hash(text) % 2:
+    async def _post(self, text: str, *, has_picture: bool) -> Any:  # noqa: ANN401 - JSON
+        if not has_picture:
             return await post(self._client, text, **{"Idempotency-Key": text})
         picture = longer_jpeg(20_000, text.encode())
         body = encode(*fields(message=text), image(picture))
@@ -173,18 +176,18 @@ async def backed_up_under_load(folder: Path, server: Server, url: str) -> Path:
     async with client_of(server) as client:
         load = Load(client)
         async with asyncio.TaskGroup() as group:
-            for number in range(4):
+            for number in range(3):
                 group.create_task(load.run(number))
-            await until(lambda: len(load.posted) > 40)
-            before, gone_before = dict(load.posted), set(load.deleted)
+            await until(lambda: len(load.posted) > 24)
+            before, gone = set(load.posted), set(load.deleted)
             backup = await start(
                 folder, "backup", str(archive), DATABASE_URL=url, MEDIA_ROOT=str(server.media)
             )
             stdout, stderr = await backup.communicate()
-            after, gone_after = len(load.posted), set(load.deleted)
+            after, maybe_gone = set(load.posted), set(load.deleting)
             load.stop()
         assert (backup.returncode, stderr) == (0, b""), stderr
-        assert after > len(before), "nobody posted meanwhile"
+        assert len(after) > len(before), "nobody posted meanwhile"
     assert archive.stat().st_mode & 0o777 == 0o600
     assert names_in(folder) == ["chatter.tar", "server"]
 
@@ -197,10 +200,9 @@ async def backed_up_under_load(folder: Path, server: Server, url: str) -> Path:
     ]
     ids = [line[2] for line in lines]
     assert len(ids) == len(set(ids)), "a chatt is there twice"
-    assert set(before) <= set(ids) <= set(load.posted) | set(ids[-8:])
+    assert before <= set(ids) <= set(load.posted)
     left = {line[2] for line in lines if line[6] == "f"}
-    assert set(before) - gone_after <= left
-    assert not left & (gone_before - load.deleted)
+    assert before - maybe_gone <= left <= set(ids) - gone
     named = {key for line in lines for key in line[4:6] if key != "\\N"}
     carried = {name.removeprefix("media/") for name in members if name.startswith("media/")}
     assert named == carried
@@ -211,6 +213,7 @@ async def backed_up_under_load(folder: Path, server: Server, url: str) -> Path:
     return archive
 
 
+@pytest.mark.timeout(300)  # it takes 20 s of a processor, and a busy machine is slower
 async def test_a_backup_under_load_is_restored_in_every_kind_of_place(
     tmp_path: Path, own_database: str, debian_database: str, another_database: str
 ) -> None:
@@ -406,15 +409,19 @@ async def test_what_is_odd_is_carried_and_what_is_missing_or_corrupt_is_said(
     assert await rows_of(own_database) == await rows_of(settings["DATABASE_URL"])
 
 
-async def test_a_feed_keeps_the_order_of_equal_times_and_its_place_in_planning(
+async def test_equal_times_keep_their_order_and_the_epoch_is_another(
     db: Connection, settings: dict[str, str], tmp_path: Path, own_database: str, psql: Connection
 ) -> None:
     await db.execute(
         "INSERT INTO chatts (name, message, time)"
-        " SELECT n::text, repeat('x', 100), '2026-01-01' FROM generate_series(1, 70000) AS n"
+        " SELECT n::text, repeat('x', 1900), '2026-01-01' FROM generate_series(1, 6000) AS n"
     )
-    # So its number is the last, and its place on disk is not.
-    await db.execute("UPDATE chatts SET message = 'changed' WHERE name = '1'")
+    # So the last has the first place on disk.
+    await db.execute("DELETE FROM chatts WHERE name::int <= 100")
+    await db.execute("VACUUM (INDEX_CLEANUP ON) chatts")
+    await db.execute("UPDATE chatts SET message = repeat('y', 1900) WHERE name = '6000'")
+    assert (await rows_of(settings["DATABASE_URL"]))["chatts"][-1][0] == "6000"
+    assert await db.fetchval("SELECT name FROM chatts LIMIT 1") == "6000"
     assert run(tmp_path, "backup", "a.tar", **settings).returncode == 0
     rows = [name for name in members_of(tmp_path / "a.tar") if name.startswith("tables/chatts")]
     assert len(rows) > 2
@@ -423,12 +430,12 @@ async def test_a_feed_keeps_the_order_of_equal_times_and_its_place_in_planning(
     assert run(tmp_path, "restore", "a.tar", **place).returncode == 0
     assert await rows_of(own_database) == await rows_of(settings["DATABASE_URL"])
     names = await psql.fetch("SELECT name FROM chatts ORDER BY time, seq")
-    assert [int(name) for (name,) in names] == [*range(2, 70_001), 1]
+    assert [int(name) for (name,) in names] == list(range(101, 6001))
     assert await psql.fetchval("SELECT epoch FROM feed") not in {
         epoch,
         await db.fetchval("SELECT epoch FROM feed"),
     }
-    assert await psql.fetchval("SELECT reltuples FROM pg_class WHERE relname = 'chatts'") == 70_000
+    assert await psql.fetchval("SELECT reltuples FROM pg_class WHERE relname = 'chatts'") == 5900
 
 
 @pytest.fixture
