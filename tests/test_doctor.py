@@ -22,7 +22,7 @@ from chatterd.database import migrate
 from chatterd.doctor import Finding
 from chatterd.doctor.checks import Wishes, examine
 from chatterd.doctor.configuration import NAMES
-from chatterd.doctor.running import server_check
+from chatterd.doctor.running import processes_here, processes_of, server_check
 from chatterd.embedded import postgres
 from chatterd.embedded_home import EmbeddedPostgresError
 from tests.conftest import connected
@@ -425,3 +425,24 @@ async def test_a_server_that_is_named_and_does_not_answer_is_a_fault(tmp_path: P
         (finding,) = await server_check(address)
         assert finding.level == "fault"
         assert "does not answer" in finding.found
+
+
+def test_processes_are_counted_by_their_command_lines(tmp_path: Path) -> None:
+    python, script = "/opt/chatterd/.venv/bin/python", "/opt/chatterd/.venv/bin/chatterd"
+    for words, count in (
+        ([python, script, "serve"], 1),
+        ([python, "-m", "chatterd", "serve", "--uds", "/run/chatterd/1.sock"], 1),
+        ([python, script, "serve", "--workers", "3"], 3),
+        ([python, script, "serve", "--workers=4"], 4),
+        ([python, script, "serve", "--fd", "3"], 0),
+        ([python, script, "doctor"], 0),
+        (["vim", "chatterd"], 0),
+        ([], 0),
+    ):
+        assert processes_of([words]) == count, words
+    (tmp_path / "chatterd").write_text("import sys; print(flush=True); sys.stdin.read()")
+    command = [sys.executable, str(tmp_path / "chatterd"), "serve", "--workers", "5"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert processes_here() >= 5  # others may serve here as well

@@ -1,6 +1,9 @@
 """The check `server`: what the servers say that run here."""
 
 import json
+import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -110,22 +113,28 @@ def _other_limits(address: str, limits: httpx2.Response) -> Finding | None:
 
 
 def processes_here() -> int:
-    """Return how many processes serve on this machine, by their command lines; at least 1."""
-    count = 0
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        if "serve" in words and "chatterd" in (Path(word).name for word in words[:4]):
-            count += _workers(words)
-    return max(1, count)
+    """Return how many processes of this user serve here; at least 1."""
+    lines = []
+    for process in psutil.process_iter(["cmdline", "uids"]):
+        words, uids = process.info["cmdline"], process.info["uids"]
+        if words and uids and uids.effective == os.geteuid():
+            lines.append(words)
+    return max(1, processes_of(lines))
+
+
+def processes_of(command_lines: Iterable[list[str]]) -> int:
+    """Return how many processes serve, by the command lines of all that run."""
+    return sum(
+        _workers(words)
+        for words in command_lines
+        # A worker of one that is counted has its socket from there.
+        if "chatterd" in (Path(word).name for word in words[:4])
+        and "serve" in words
+        and "--fd" not in words
+    )
 
 
 def _workers(words: list[str]) -> int:
-    """Return how many serve for a command line: none for a worker of one that is counted."""
-    if "--fd" in words:
-        return 0
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        name, _, value = word.partition("=")
-        if name == "--workers":
-            number = value or following
-            return int(number) if number.isdecimal() else 1
-    return 1
+    text = " ".join(words)
+    match = re.search(r"--workers[= ](\d+)", text)
+    return int(match[1]) if match else 1
