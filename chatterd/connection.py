@@ -13,6 +13,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeAlias, cast
 
+from h2 import events as h2_events
+from h2.errors import ErrorCodes
+from h2.exceptions import ProtocolError
+from hypercorn import protocol as protocols
 from hypercorn.asyncio import run, tcp_server
 from hypercorn.events import Event, RawData
 from hypercorn.protocol import events as protocol_events
@@ -52,8 +56,9 @@ class Connections:
     def install(self) -> None:
         """Make Hypercorn use connections of our kind."""
         run.TCPServer = partial(Connection, self)  # type: ignore[attr-defined, assignment] # makes one of a subclass
-        for protocol in (h11, h2):
-            protocol.WSStream = WebSocket  # type: ignore[attr-defined] # a subclass of it
+        protocols.H2Protocol = HTTP2  # type: ignore[attr-defined] # a subclass of it
+        for module in (h11, h2):
+            module.WSStream = WebSocket  # type: ignore[attr-defined] # a subclass of it
 
     def add(self, connection: "Connection") -> None:
         """Count one that has been opened."""
@@ -189,6 +194,28 @@ class Connection(tcp_server.TCPServer):
         finally:
             # Not when `run` ends: Hypercorn's next ping of a WebSocket is waited for there.
             self._connections.remove(self)
+
+
+class HTTP2(h2.H2Protocol):
+    """Takes no harm from a client that sends on after its request was answered and forgotten."""
+
+    async def _handle_events(self, events: list[h2_events.Event]) -> None:
+        for event in events:
+            if isinstance(event, h2_events.DataReceived) and event.stream_id not in self.streams:
+                # Hypercorn would not find the request, and all others would end with it.
+                self._refuse(event)
+                await self._flush()
+            else:
+                await super()._handle_events([event])
+
+    def _refuse(self, event: h2_events.DataReceived) -> None:
+        """Have the client send no more of a request that has its answer (RFC 9113 §8.1)."""
+        assert event.stream_id is not None
+        with suppress(ProtocolError):  # it has just ended it itself
+            self.connection.acknowledge_received_data(
+                event.flow_controlled_length or 0, event.stream_id
+            )
+            self.connection.reset_stream(event.stream_id, ErrorCodes.NO_ERROR)
 
 
 class WebSocket(ws_stream.WSStream):
