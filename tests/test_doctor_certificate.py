@@ -45,7 +45,7 @@ def written(
     ("before", "after"),
     [
         (NOW, NOW + 90 * DAY),
-        (datetime(1999, 12, 31, 23, 59, 59, tzinfo=UTC), NOW),
+        (datetime(1950, 1, 1, tzinfo=UTC), NOW),
         (NOW, datetime(2049, 12, 31, 23, 59, 59, tzinfo=UTC)),
         (NOW, datetime(2050, 1, 1, tzinfo=UTC)),  # another kind of time from here on
     ],
@@ -79,7 +79,8 @@ def test_no_damage_to_a_certificate_is_more_than_an_error(
     authority: trustme.CA, tmp_path: Path
 ) -> None:
     path = written(tmp_path, authority.issue_cert("chatter.example")).certificate
-    lines = path.read_text().split("-----END CERTIFICATE-----")[0].splitlines()[1:]
+    whole = path.read_text()
+    lines = whole.split("-----END CERTIFICATE-----")[0].splitlines()[1:]
     for row, line in enumerate(lines):
         for column in range(0, len(line), 7):
             for other in "A/=\x00":
@@ -94,8 +95,9 @@ def test_no_damage_to_a_certificate_is_more_than_an_error(
                     read_certificate(path)
                 except CertificateError as error:
                     assert str(path) in str(error)  # noqa: PT017 - not each damage is one
-    for cut in range(len(lines)):
-        path.write_text("\n".join(["-----BEGIN CERTIFICATE-----", *lines[:cut]]))
+    der = ssl.PEM_cert_to_DER_cert(whole[: whole.index("-----END")] + "-----END CERTIFICATE-----")
+    for size in range(len(der)):
+        path.write_text(ssl.DER_cert_to_PEM_cert(der[:size]))
         with pytest.raises(CertificateError):
             read_certificate(path)
 

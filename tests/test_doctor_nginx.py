@@ -114,7 +114,7 @@ def test_what_a_configuration_includes_belongs_to_it_and_may_include_itself(
     (tmp_path / "parts").mkdir()
     _, marker, rest = SITE.partition("    set $media")
     (tmp_path / "parts" / "1.conf").write_text(marker + rest.rpartition("}")[0])
-    (tmp_path / "parts" / "2.conf").write_text("include parts/*.conf; } } }")
+    (tmp_path / "parts" / "2.conf").write_text(f"include {tmp_path}/parts/*.conf; }} }} }}")
     (finding,) = found(tmp_path, SITE.replace(marker + rest, "include parts/*.conf;\n}\n"))
     assert finding.level == "ok", finding
 
