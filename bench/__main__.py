@@ -33,7 +33,7 @@ def main() -> None:
         default="",
         metavar="TEXT",
         help="scenarios with this in their titles; media: all with pictures and videos; live: all"
-        " with subscribers, and with keys",
+        " with subscribers, and with keys; slow: all beside slow clients",
     )
     options = parser.parse_args()
     plan = QUICK if options.quick else FULL

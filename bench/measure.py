@@ -23,6 +23,7 @@ from bench.scenarios import (
     FEW_ROWS,
     LIVE_TITLES,
     MEDIA_TITLES,
+    SLOW_TITLES,
     Comparison,
     EndlessKind,
     Kind,
@@ -31,10 +32,12 @@ from bench.scenarios import (
     Outcome,
     Plan,
     Scenario,
+    SlowKind,
     endless_titles,
     scenarios,
     spaced,
 )
+from bench.slow import slow_clients
 from bench.subscribers import subscribed
 from chatterd.database import migrate
 
@@ -45,6 +48,7 @@ _DOWNLOADS: Final = 3
 _WARM_UP_SECONDS: Final = 1
 _LIMIT: Final = 50
 _MEDIA_ROWS: Final = 100
+_SLOW_CLIENTS: Final = 500
 
 
 class NotAvailable(Exception):  # noqa: N818 - a feature that is not there yet is no error
@@ -100,8 +104,13 @@ class Bench:
             for kind, title in LIVE_TITLES.items()
             if self._only in f"live: {title}".lower()
         }
+        of_slow = {
+            kind: title
+            for kind, title in SLOW_TITLES.items()
+            if self._only in f"slow: {title}".lower()
+        }
         runs = sum(len(scenario.programs) for scenario in against_peers)
-        runs += 2 * (len(endless) + len(of_media) + len(of_live))
+        runs += 2 * (len(endless) + len(of_media) + len(of_live) + len(of_slow))
         with tqdm(total=runs * self._plan.rounds, unit="run", leave=False) as self._bar:
             for rows in sorted({scenario.rows for scenario in against_peers}):
                 same_size = [scenario for scenario in against_peers if scenario.rows == rows]
@@ -112,6 +121,8 @@ class Bench:
                 yield from self._media(of_media)
             if of_live:
                 yield from self._live(of_live)
+            if of_slow:
+                yield from self._slow(of_slow)
 
     def _against_peers(self, rows: int, same_size: Sequence[Scenario]) -> Iterator[Outcome]:
         self._bar.set_description(f"{spaced(rows)} rows: filling the tables")
@@ -324,6 +335,41 @@ class Bench:
         ]
         self._measure(outcome, contenders, 1, self._plan.seconds)
         outcome.compare("without keys", 0.7)
+
+    def _slow(self, titles: Mapping[SlowKind, str]) -> Iterator[Outcome]:
+        """Compare how long readers wait beside many slow clients and without them, in turns."""
+        data.fill(self._few_url, _MEDIA_ROWS)
+        with ExitStack() as stack:
+            enter = stack.enter_context
+            chatterd = enter(programs.chatterd(self._folder, self._few_url))
+            for kind, title in titles.items():
+                outcome = Outcome(title, "ms")
+                self._bar.set_description(title)
+                with self._recorded(outcome, 2):
+                    program = chatterd
+                    if kind == "nginx":
+                        program = enter(programs.nginx(self._folder, chatterd))
+                    self._beside_slow(outcome, program)
+                yield outcome
+
+    def _beside_slow(self, outcome: Outcome, program: Program) -> None:
+        runs: dict[str, list[Run]] = {"without": [], "chatterd": []}
+        for _ in range(self._plan.rounds):
+            runs["without"].append(load.run(Load(32), program.port, 1, self._bodies))
+            with slow_clients(program.port, _SLOW_CLIENTS):
+                seconds = self._plan.seconds
+                runs["chatterd"].append(load.run(Load(32), program.port, seconds, self._bodies))
+            runs["without"].append(load.run(Load(32), program.port, 1, self._bodies))
+        without, beside = (
+            statistics.median(run.latency_p99 for run in some) for some in runs.values()
+        )
+        outcome.runs = {name: [asdict(run) for run in some] for name, some in runs.items()}
+        outcome.figures["chatterd"] = beside
+        outcome.stay_within("allowed", 3 * without, beside)
+        outcome.note = f"without them {without:.2f} ms"
+        if errors := {kind for some in runs.values() for run in some for kind in run.errors}:
+            outcome.fault = "invalid"
+            outcome.note += f"; errors {sorted(errors)}"
 
     def _measure(
         self, outcome: Outcome, contenders: Sequence[Contender], seconds: int, turns: int

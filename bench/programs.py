@@ -16,12 +16,32 @@ import psutil
 from sqlalchemy.engine import URL
 
 from bench import data
+from chatterd.nginx import Site, whole
 
 _ROOT: Final = Path(__file__).parent.parent
 _START_SECONDS: Final = 30
 _STOP_SECONDS: Final = 10
 _SETTLE_SECONDS: Final = 10
 _ANSWER_SECONDS: Final = 300
+_NGINX: Final = "/usr/sbin/nginx"
+# What else an Nginx needs, at places of the bench's own.
+_NGINX_MAIN: Final = """\
+{user}
+daemon off;
+worker_processes 1;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log error;
+events {{ worker_connections 4096; }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    include {folder}/site.conf;
+}}
+"""
 
 
 class Answer(NamedTuple):
@@ -103,6 +123,32 @@ def chatterd(folder: Path, url: URL, **settings: str) -> Iterator[Program]:
         "chatterd", port, command, folder, {"DATABASE_URL": data.dsn(url)} | settings
     ) as program:
         yield program
+
+
+@contextmanager
+def nginx(folder: Path, behind: Program) -> Iterator[Program]:
+    """Run Nginx with the configuration that `chatterd nginx` prints, in front of `behind`."""
+    if not Path(_NGINX).exists():
+        raise RuntimeError("nginx is missing. On Debian and Ubuntu: sudo apt-get install nginx")
+    port = _free_port()
+    place = folder / "nginx"
+    place.mkdir(exist_ok=True)
+    site = Site(("127.0.0.1",), (f"127.0.0.1:{behind.port}",), behind.media, http_port=port)
+    user = "user root;" if os.geteuid() == 0 else ""
+    (place / "nginx.conf").write_text(_NGINX_MAIN.format(folder=place, user=user))
+    (place / "site.conf").write_text(whole(site))
+    process = psutil.Popen(
+        [_NGINX, "-p", str(place), "-c", str(place / "nginx.conf")],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # as below
+    )
+    try:
+        program = Program("nginx", port, process, behind.media)
+        _wait_until_it_answers(program, process, place / "error.log")
+        yield program
+    finally:
+        process.terminate()
+        process.wait(_STOP_SECONDS)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ Kind: TypeAlias = Literal["get", "gzip", "not modified", "mix", "post", "limit"]
 EndlessKind: TypeAlias = Kind | Literal["memory"]
 MediaKind: TypeAlias = Literal["memory", "upload", "download", "over limit", "beside"]
 LiveKind: TypeAlias = Literal["memory", "delivery", "beside", "keys"]
+SlowKind: TypeAlias = Literal["direct", "nginx"]
 
 FEW_ROWS: Final = 10
 
@@ -132,6 +133,12 @@ LIVE_TITLES: Final[Mapping[LiveKind, str]] = {
     "keys": "POST, 32 connections, each with an Idempotency-Key",
 }
 """The titles of what is measured with subscribers, and with keys."""
+
+SLOW_TITLES: Final[Mapping[SlowKind, str]] = {
+    "direct": "GET, 32 connections, beside 500 that send a byte a second, 99th percentile",
+    "nginx": "the same through Nginx",
+}
+"""The titles of what is measured beside clients that are slow."""
 
 
 @dataclass(frozen=True)
