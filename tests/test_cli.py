@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from tests.multipart import Connection
 
 OPTIONS = {
-    (): {"--help", "--version", "serve", "migrate", "media"},
+    (): {"--help", "--version", "serve", "migrate", "media", "nginx"},
     ("serve",): {"--help", "--host", "--port", "--certfile", "--keyfile", "--reload"},
     ("migrate",): {"--help"},
     ("media",): {"--help", "doctor", "sweep"},
     ("media", "doctor"): {"--help", "--json"},
     ("media", "sweep"): {"--help", "--older-than", "--delete"},
-    ("nginx",): [
-        *("--server-name", "--upstream", "--certificate", "--certificate-key", "--port"),
-        "--http-port",
-    ],
+    ("nginx",): {
+        *("--help", "--server-name", "--upstream", "--certificate", "--certificate-key"),
+        *("--port", "--http-port"),
+    },
 }
 
 
