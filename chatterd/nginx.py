@@ -164,7 +164,7 @@ upstream chatterd {
     # The server closes a connection that is idle for 5 seconds. Nginx does so before, or it would
     # send a post into a connection that is just being closed, and must not send it again.
     keepalive 64;
-    keepalive_timeout 4s;
+    keepalive_timeout 60s;
 }
 
 # Whose numbers /metrics and /metrics/<n> tell.

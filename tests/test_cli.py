@@ -103,6 +103,7 @@ def test_version_is_that_of_the_package(tmp_path: Path) -> None:
         (("serve", "--port", "http"), "'http'"),
         (("serve", "--port", "65536"), "0 to 65535"),
         (("serve", "--port=-1"), "0 to 65535"),
+        (("nginx", "--upstream", "/run/x.sock"), "unix:/path/of/socket"),
         (("serve", "--port", "٨٠"), "0 to 65535"),
         (("serve", "--port", "80.0"), "0 to 65535"),
         (("migrate", "--port", "1"), "--port"),
