@@ -245,6 +245,8 @@ async def _survey(driver: Driver, root: Path, keys: IO[bytes]) -> Manifest:
         if len(named) < PAGE:
             break
         after = named[-1]
+    if missing and not await to_thread.run_sync(root.is_dir):  # a wrong setting, most likely
+        raise BackupError(f"MEDIA_ROOT, {root}, is not there, and chatts name files in it.")
     return Manifest(
         format=FORMAT,
         chatterd=__version__,

@@ -391,6 +391,8 @@ async def test_what_is_odd_is_carried_and_what_is_missing_or_corrupt_is_said(
     finally:
         await db.execute(f"ALTER DATABASE {name} RESET ALL")
     assert made.returncode == 0, made.stderr
+    elsewhere = run(tmp_path, "backup", "b.tar", **settings | {"MEDIA_ROOT": "/nowhere"})
+    assert_refused(elsewhere, "MEDIA_ROOT, /nowhere, is not there")
     verified = run(tmp_path, "backup", "verify", "a.tar")
     place = {"DATABASE_URL": own_database, "MEDIA_ROOT": str(tmp_path / "new")}
     restored = run(tmp_path, "restore", "a.tar", **place)
