@@ -161,7 +161,7 @@ include chatterd/http.conf;
 upstream chatterd {
     @SERVERS@
 
-    # The server closes a connection that is idle for 5 seconds. Nginx does so before, or it would
+    # The server closes a connection that is idle for 75 seconds. Nginx does so before, or it would
     # send a post into a connection that is just being closed, and must not send it again.
     keepalive 64;
     keepalive_timeout 60s;
