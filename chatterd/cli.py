@@ -139,6 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.run(options)
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports SIGINT
+    except BrokenPipeError:  # whoever reads has seen enough: head, or a pager
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as a shell reports SIGPIPE
     except Exception as error:
         if isinstance(error, _told_in_a_line()):
             sys.exit(f"chatterd: {error}")

@@ -235,6 +235,18 @@ def test_all_media_are_read_where_that_is_wished(home: Path) -> None:
     assert "all 1 files" in doctor(home, "--media")["media"]["found"]
 
 
+def test_a_reader_that_has_seen_enough_is_no_fault(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "chatterd", "doctor"]
+    given = environment(tmp_path)
+    with open(writing, "wb") as output:  # noqa: PTH123 - a descriptor
+        done = subprocess.run(
+            command, cwd=tmp_path, env=given, stdout=output, stderr=subprocess.PIPE, check=False
+        )
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 # The checks alone, with settings of their own
 
 
