@@ -503,7 +503,7 @@ def _examine(options: argparse.Namespace, take: "Callable[[str, Finding | None],
 
     from chatterd import settings  # noqa: PLC0415 - see _told_in_a_line
     from chatterd.doctor.checks import Wishes, examine  # noqa: PLC0415
-    from chatterd.doctor.postgresql import Way  # noqa: PLC0415
+    from chatterd.doctor.way import Way  # noqa: PLC0415
     from chatterd.embedded_home import EmbeddedPostgresError  # noqa: PLC0415
 
     wishes = Wishes(

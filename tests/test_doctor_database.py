@@ -19,20 +19,16 @@ from alembic import command
 from sqlalchemy.engine import URL, make_url
 
 from chatterd.database import alembic_config, head_revision, migrate
+from chatterd.doctor.activity import clock_check, lag_check, locks_check, tables_check
 from chatterd.doctor.postgresql import (
-    TRIGGERS,
-    Way,
-    clock_check,
     connections_check,
     database_check,
     durability_check,
-    lag_check,
-    locks_check,
     privileges_check,
-    schema_check,
-    tables_check,
     version_findings,
 )
+from chatterd.doctor.schema import TRIGGERS, schema_check
+from chatterd.doctor.way import Way
 from chatterd.embedded import postgres
 from chatterd.embedded_home import find_binaries, place, spawn, within_reach
 from tests.conftest import connected

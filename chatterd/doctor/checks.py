@@ -14,6 +14,7 @@ import asyncpg
 from chatterd import database
 from chatterd.database import SchemaError, StatementError
 from chatterd.doctor import Finding, fault, ok, warning
+from chatterd.doctor.activity import clock_check, lag_check, locks_check, tables_check
 from chatterd.doctor.certificate import CertificateFiles, certificate_check
 from chatterd.doctor.configuration import settings_check
 from chatterd.doctor.files import disk_check, media_check
@@ -24,18 +25,14 @@ from chatterd.doctor.nginx import (
     read_configuration,
 )
 from chatterd.doctor.postgresql import (
-    Way,
-    clock_check,
     connections_check,
     database_check,
     durability_check,
-    lag_check,
-    locks_check,
     privileges_check,
-    schema_check,
-    tables_check,
 )
 from chatterd.doctor.running import processes_here, server_check
+from chatterd.doctor.schema import schema_check
+from chatterd.doctor.way import Way
 from chatterd.embedded_home import EmbeddedPostgresError
 
 T = TypeVar("T")
