@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import io
 import os
@@ -550,6 +551,24 @@ async def test_a_place_that_is_not_empty_is_refused_and_left_as_it_is(
     await assert_restored(psql, media)
 
 
+async def test_what_is_posted_while_a_restore_begins_is_not_mixed_with_it(
+    tmp_path: Path, own_database: str, psql: Connection
+) -> None:
+    file = io.BytesIO(archive_at("0003"))
+    place = make_url(own_database), tmp_path / "media"
+    async with connected(own_database) as other:
+        async with other.transaction():
+            await other.execute("INSERT INTO chatts (name, message) VALUES ('ann', 'hi')")
+            restoring = asyncio.create_task(restore(*place, file, tqdm(disable=True)))
+            waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'chatts'::regclass"
+            while not await psql.fetchval(f"{waiting} AND NOT granted"):  # noqa: ASYNC110 - in PostgreSQL
+                await asyncio.sleep(0.01)
+        with pytest.raises(BackupError, match="not empty, chatts has rows"):
+            await restoring
+    assert [tuple(row) for row in await psql.fetch("SELECT name FROM chatts")] == [("ann",)]
+    assert files_of(tmp_path / "media") == {}
+
+
 @pytest.mark.usefixtures("archive")
 async def test_a_restore_that_is_killed_before_its_end_can_be_started_again(
     tmp_path: Path, own_database: str, psql: Connection
@@ -577,11 +596,7 @@ async def test_a_file_is_there_when_it_is_whole_and_is_not_written_over(
     name = make_url(own_database).database
     await psql.execute(f"ALTER DATABASE {name} SET statement_timeout = '2s'")
     await psql.execute("SELECT pg_advisory_lock($1)", MEDIA_LOCK)  # as another backup does
-    waiting = await start(tmp_path, "backup", "a.tar", **place)
-    await until(partial.exists)
-    assert_refused(run(tmp_path, "backup", "a.tar", **place), "written by another process")
-    _, said = await waiting.communicate()
-    assert said == b"chatterd: Another backup, or a restore, is under way: try again later.\n"
+    assert_refused(run(tmp_path, "backup", "a.tar", **place), "Another backup", "is under way")
     assert names_in(tmp_path) == []
 
     killed = await start(tmp_path, "backup", "a.tar", **place)
@@ -597,6 +612,11 @@ async def test_a_file_is_there_when_it_is_whole_and_is_not_written_over(
     content = whole.read_bytes()
     assert_refused(run(tmp_path, "backup", "a.tar", **place), "there already", "name another")
     assert whole.read_bytes() == content
+    with (tmp_path / "b.tar.partial").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        done = run(tmp_path, "backup", "b.tar", **place)
+        assert_refused(done, "b.tar.partial is being written by another process")
+    assert names_in(tmp_path) == ["a.tar", "b.tar.partial"]
 
 
 @pytest.mark.parametrize(
