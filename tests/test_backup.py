@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import io
 import os
@@ -21,7 +22,8 @@ from sqlalchemy.engine import make_url
 from tqdm import tqdm
 
 from chatterd.archive import BackupError
-from chatterd.database import StatementError
+from chatterd.backup import back_up, new_file, verify
+from chatterd.database import StatementError, head_revision, migrate
 from chatterd.embedded import postgres
 from chatterd.media_sweep import Sweep
 from chatterd.models import MEDIA_LOCK
@@ -96,6 +98,17 @@ def files_of(root: Path) -> dict[str, bytes]:
         for path in root.iterdir()
         if path.is_file() and not path.name.endswith(".thumb.webp")
     }
+
+
+async def back_up_to(path: Path, url: str, root: Path) -> None:
+    """Do what `chatterd backup` does, without waiting for another Python to start."""
+    with new_file(path) as file:
+        await back_up(make_url(url), root, file, tqdm(disable=True))
+
+
+async def restore_from(archive: bytes, url: str, root: Path) -> None:
+    """Do what `chatterd restore` does when it has verified the archive."""
+    await restore(make_url(url), root, io.BytesIO(archive), tqdm(disable=True))
 
 
 def names_in(folder: Path) -> list[str]:
@@ -391,8 +404,8 @@ async def test_what_is_odd_is_carried_and_what_is_missing_or_corrupt_is_said(
     finally:
         await db.execute(f"ALTER DATABASE {name} RESET ALL")
     assert made.returncode == 0, made.stderr
-    elsewhere = run(tmp_path, "backup", "b.tar", **settings | {"MEDIA_ROOT": "/nowhere"})
-    assert_refused(elsewhere, "MEDIA_ROOT, /nowhere, is not there")
+    with pytest.raises(BackupError, match="MEDIA_ROOT, /nowhere, is not there"):
+        await back_up_to(tmp_path / "b.tar", settings["DATABASE_URL"], Path("/nowhere"))
     verified = run(tmp_path, "backup", "verify", "a.tar")
     place = {"DATABASE_URL": own_database, "MEDIA_ROOT": str(tmp_path / "new")}
     restored = run(tmp_path, "restore", "a.tar", **place)
@@ -412,7 +425,7 @@ async def test_what_is_odd_is_carried_and_what_is_missing_or_corrupt_is_said(
 
 
 async def test_equal_times_keep_their_order_and_the_epoch_is_another(
-    db: Connection, settings: dict[str, str], tmp_path: Path, own_database: str, psql: Connection
+    db: Connection, url: str, tmp_path: Path, own_database: str, psql: Connection
 ) -> None:
     await db.execute(
         "INSERT INTO chatts (name, message, time)"
@@ -422,15 +435,14 @@ async def test_equal_times_keep_their_order_and_the_epoch_is_another(
     await db.execute("DELETE FROM chatts WHERE name::int <= 100")
     await db.execute("VACUUM (INDEX_CLEANUP ON) chatts")
     await db.execute("UPDATE chatts SET message = repeat('y', 1900) WHERE name = '6000'")
-    assert (await rows_of(settings["DATABASE_URL"]))["chatts"][-1][0] == "6000"
+    assert (await rows_of(url))["chatts"][-1][0] == "6000"
     assert await db.fetchval("SELECT name FROM chatts LIMIT 1") == "6000"
-    assert run(tmp_path, "backup", "a.tar", **settings).returncode == 0
+    await back_up_to(tmp_path / "a.tar", url, tmp_path)
     rows = [name for name in members_of(tmp_path / "a.tar") if name.startswith("tables/chatts")]
     assert len(rows) > 2
     epoch = await psql.fetchval("SELECT epoch FROM feed")
-    place = {"DATABASE_URL": own_database, "MEDIA_ROOT": str(tmp_path / "new")}
-    assert run(tmp_path, "restore", "a.tar", **place).returncode == 0
-    assert await rows_of(own_database) == await rows_of(settings["DATABASE_URL"])
+    await restore_from((tmp_path / "a.tar").read_bytes(), own_database, tmp_path / "new")
+    assert await rows_of(own_database) == await rows_of(url)
     names = await psql.fetch("SELECT name FROM chatts ORDER BY time, seq")
     assert [int(name) for (name,) in names] == list(range(101, 6001))
     assert await psql.fetchval("SELECT epoch FROM feed") not in {
@@ -473,29 +485,23 @@ async def assert_restored(db: Connection, media: Path) -> None:
 async def test_an_archive_of_an_older_version_ends_at_this_ones_schema(
     tmp_path: Path, empty_database: str, *, is_migrated: bool
 ) -> None:
-    (tmp_path / "old.tar").write_bytes(archive_at("0002"))
-    place = {"DATABASE_URL": empty_database, "MEDIA_ROOT": str(tmp_path / "media")}
     if is_migrated:
-        assert run(tmp_path, "migrate", **place).returncode == 0
-    done = run(tmp_path, "restore", "old.tar", **place)
-    assert (done.returncode, done.stderr) == (0, "")
+        await asyncio.to_thread(migrate, make_url(empty_database))
+    await restore_from(archive_at("0002"), empty_database, tmp_path / "media")
     async with connected(empty_database) as connection:
         await assert_restored(connection, tmp_path / "media")
-    migrated = run(tmp_path, "migrate", **place).stdout
-    async with connected(empty_database) as connection:
         revision = await connection.fetchval("SELECT version_num FROM alembic_version")
-    assert migrated.split()[-1] == f"{revision}."
+    assert revision == head_revision()
 
 
 async def test_an_archive_of_an_unknown_version_is_refused(
     tmp_path: Path, empty_database: str
 ) -> None:
-    (tmp_path / "new.tar").write_bytes(archive_at("9999"))
-    place = {"DATABASE_URL": empty_database, "MEDIA_ROOT": str(tmp_path / "media")}
-    assert_refused(run(tmp_path, "restore", "new.tar", **place), '"9999"', "unknown")
+    with pytest.raises(BackupError, match=r'revision "9999" of chatterd .* is unknown'):
+        await restore_from(archive_at("9999"), empty_database, tmp_path / "media")
     async with connected(empty_database) as connection:
         assert await connection.fetchval("SELECT to_regclass('chatts')") is None
-    assert names_in(tmp_path) == ["new.tar"]
+    assert names_in(tmp_path) == []
 
 
 def test_a_damaged_archive_is_refused_before_anything_is_changed(
@@ -514,40 +520,56 @@ async def test_an_archive_that_is_damaged_while_it_is_restored_leaves_no_rows(
 ) -> None:
     """As by a disk that reads something else the second time: nothing but files is left."""
     for name, (parts, _) in DAMAGE.items():
-        file = io.BytesIO(b"".join(parts) + END)
         with pytest.raises((BackupError, StatementError)):
-            await restore(make_url(own_database), tmp_path / "media", file, tqdm(disable=True))
+            await restore_from(b"".join(parts) + END, own_database, tmp_path / "media")
         assert await psql.fetchval("SELECT count(*) FROM chatts") == 0, name
-    place = {"DATABASE_URL": own_database, "MEDIA_ROOT": str(tmp_path / "media")}
-    (tmp_path / "a.tar").write_bytes(ARCHIVE)
-    assert run(tmp_path, "restore", "a.tar", **place).returncode == 0
+    await restore_from(ARCHIVE, own_database, tmp_path / "media")
     assert await psql.fetchval("SELECT count(*) FROM chatts") == 2
 
 
-@pytest.mark.usefixtures("archive")
 async def test_a_place_that_is_not_empty_is_refused_and_left_as_it_is(
     tmp_path: Path, own_database: str, psql: Connection
 ) -> None:
     media = tmp_path / "media"
-    place = {"DATABASE_URL": own_database, "MEDIA_ROOT": str(media)}
+    place = archive_at("0003"), own_database, media
     for table, columns in (("chatts", "name, message"), ("media", "key, size")):
         await psql.execute(f"INSERT INTO {table} ({columns}) VALUES ('a', '1')")
-        assert_refused(run(tmp_path, "restore", "a.tar", **place), f"not empty, {table} has rows")
+        with pytest.raises(BackupError, match=f"not empty, {table} has rows"):
+            await restore_from(*place)
         assert await psql.fetchval(f"SELECT count(*) FROM {table}") == 1
         assert not media.exists()
         await psql.execute(f"TRUNCATE {table}")
     (media / ".incoming").mkdir(parents=True)
     (media / "a.jpg").write_bytes(b"")
-    assert_refused(run(tmp_path, "restore", "a.tar", **place), 'not empty, "a.jpg" is there')
+    with pytest.raises(BackupError, match=r'not empty, "a\.jpg" is there'):
+        await restore_from(*place)
     assert names_in(media) == [".incoming", "a.jpg"]
     (media / "a.jpg").unlink()
     async with connected(own_database) as server:
         await server.execute("SET application_name = 'chatterd'")
-        assert_refused(run(tmp_path, "restore", "a.tar", **place), "A server uses the database")
+        with pytest.raises(BackupError, match="A server uses the database"):
+            await restore_from(*place)
     assert names_in(media) == [".incoming"]
     assert await psql.fetchval("SELECT count(*) FROM chatts") == 0
-    assert run(tmp_path, "restore", "a.tar", **place).returncode == 0
+    await restore_from(*place)
     await assert_restored(psql, media)
+
+
+async def test_what_is_posted_while_a_restore_begins_is_not_mixed_with_it(
+    tmp_path: Path, own_database: str, psql: Connection
+) -> None:
+    place = archive_at("0003"), own_database, tmp_path / "media"
+    async with connected(own_database) as other:
+        async with other.transaction():
+            await other.execute("INSERT INTO chatts (name, message) VALUES ('ann', 'hi')")
+            restoring = asyncio.create_task(restore_from(*place))
+            waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'chatts'::regclass"
+            while not await psql.fetchval(f"{waiting} AND NOT granted"):  # noqa: ASYNC110 - in PostgreSQL
+                await asyncio.sleep(0.01)
+        with pytest.raises(BackupError, match="not empty, chatts has rows"):
+            await restoring
+    assert [tuple(row) for row in await psql.fetch("SELECT name FROM chatts")] == [("ann",)]
+    assert files_of(tmp_path / "media") == {}
 
 
 @pytest.mark.usefixtures("archive")
@@ -564,46 +586,47 @@ async def test_a_restore_that_is_killed_before_its_end_can_be_started_again(
         await killed.wait()
     assert await psql.fetchval("SELECT count(*) FROM chatts") == 0
     assert (media / ".restoring").is_dir()
-    done = run(tmp_path, "restore", "a.tar", **place)
-    assert (done.returncode, done.stderr) == (0, "")
+    await restore_from(archive_at("0003"), own_database, media)
     await assert_restored(psql, media)
 
 
 async def test_a_file_is_there_when_it_is_whole_and_is_not_written_over(
     tmp_path: Path, own_database: str, psql: Connection
 ) -> None:
-    place = {"DATABASE_URL": own_database}
+    media = tmp_path / "var" / "media"
     partial, whole = tmp_path / "a.tar.partial", tmp_path / "a.tar"
     name = make_url(own_database).database
     await psql.execute(f"ALTER DATABASE {name} SET statement_timeout = '2s'")
     await psql.execute("SELECT pg_advisory_lock($1)", MEDIA_LOCK)  # as another backup does
-    waiting = await start(tmp_path, "backup", "a.tar", **place)
-    await until(partial.exists)
-    assert_refused(run(tmp_path, "backup", "a.tar", **place), "written by another process")
-    _, said = await waiting.communicate()
-    assert said == b"chatterd: Another backup, or a restore, is under way: try again later.\n"
+    with pytest.raises(BackupError, match="Another backup, or a restore, is under way"):
+        await back_up_to(whole, own_database, media)
     assert names_in(tmp_path) == []
 
-    killed = await start(tmp_path, "backup", "a.tar", **place)
+    killed = await start(tmp_path, "backup", "a.tar", DATABASE_URL=own_database)
     await until(partial.exists)
     killed.kill()
     await killed.wait()
     assert not whole.exists()
     await psql.execute("SELECT pg_advisory_unlock($1)", MEDIA_LOCK)
     partial.write_bytes(bytes(100_000))  # as one that has come farther leaves it
-    assert run(tmp_path, "backup", "a.tar", **place).returncode == 0
-    assert run(tmp_path, "backup", "verify", "a.tar").returncode == 0
+    await back_up_to(whole, own_database, media)
     assert names_in(tmp_path) == ["a.tar"]
     content = whole.read_bytes()
-    assert_refused(run(tmp_path, "backup", "a.tar", **place), "there already", "name another")
+    verify(io.BytesIO(content), tqdm(disable=True))
+    with pytest.raises(BackupError, match=r"is there already, .* name another"):
+        await back_up_to(whole, own_database, media)
     assert whole.read_bytes() == content
+    with (tmp_path / "b.tar.partial").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(BackupError, match=r"b\.tar\.partial is being written by another"):
+            await back_up_to(tmp_path / "b.tar", own_database, media)
+    assert names_in(tmp_path) == ["a.tar", "b.tar.partial"]
 
 
 @pytest.mark.parametrize(
     ("command", "words"),
     [
         (("backup", "no/folder/a.tar"), "no/folder/a.tar cannot be written: No such file"),
-        (("backup", "verify", "."), ". cannot be read: Is a directory"),
         (("restore", "no.tar"), "no.tar cannot be read: No such file"),
     ],
 )
@@ -648,13 +671,13 @@ async def test_a_disk_that_is_full_is_said_and_nothing_is_left_half_done(
         assert_refused(done, "The archive cannot be written: No space left on device")
         assert names_in(disk) == []
 
-        assert run(tmp_path, "backup", "a.tar", **settings).returncode == 0
-        place = {"DATABASE_URL": own_database, "MEDIA_ROOT": str(disk / "media")}
-        done = run(tmp_path, "restore", "a.tar", **place)
-        assert_refused(done, "media, cannot be written: No space left on device")
+        await back_up_to(tmp_path / "a.tar", settings["DATABASE_URL"], store.root)
+        place = (tmp_path / "a.tar").read_bytes(), own_database, disk / "media"
+        with pytest.raises(BackupError, match="media, cannot be written: No space left on device"):
+            await restore_from(*place)
         assert (await rows_of(own_database))["chatts"] == []
         enlarge(disk, "2m")
-        assert run(tmp_path, "restore", "a.tar", **place).returncode == 0
+        await restore_from(*place)
         assert files_of(disk / "media") == files_of(store.root)
     assert await rows_of(own_database) == await rows_of(settings["DATABASE_URL"])
 
