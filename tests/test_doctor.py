@@ -126,7 +126,7 @@ def test_what_is_wrong_comes_with_how_to_mend_it_below(home: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "")
     lines = done.stdout.splitlines()
     at = next(number for number, line in enumerate(lines) if line.startswith("fault    disk"))
-    assert "is not there" in " ".join(lines[at : at + 2])
+    assert "is not there" in " ".join(" ".join(lines[at : at + 2]).split())
     assert any(
         line.startswith("                       sudo install -d") for line in lines[at : at + 8]
     )
