@@ -98,12 +98,14 @@ fi
 class Systemctl:
     """Two instances and, in the place of systemctl, what restarts them when it is asked to."""
 
-    def __init__(self, folder: Path, start: Callable[[str], Server]) -> None:
+    def __init__(self, folder: Path, start: Callable[..., Server]) -> None:
         self._folder = folder
         self._start = start
         self.asked: list[str] = []
         self.statuses: dict[str, str] = {}
         """What it exits with, if not with 0."""
+        self.settings: dict[str, dict[str, str]] = {}
+        """What an instance is started with the next time."""
         self.instances = {name: start(name) for name in ("1", "2")}
         (folder / "systemctl").write_text(STUB)
         (folder / "systemctl").chmod(0o755)
@@ -118,7 +120,7 @@ class Systemctl:
             status = self.statuses.get(name, "0")
             if status == "0":
                 assert self.instances[name].stop() == 0
-                self.instances[name] = self._start(name)
+                self.instances[name] = self._start(name, **self.settings.get(name, {}))
             (self._folder / "done").write_text(f"{status}\n")
 
     def stop(self) -> None:
@@ -131,7 +133,6 @@ class Systemctl:
                 "PATH": f"{self._folder}:{os.environ['PATH']}",
                 "STUB": str(self._folder),
                 "RUN_FOLDER": str(self._folder),
-                "READY_PATH": "/getchatts?limit=1",
                 **variables,
             },
             capture_output=True,
@@ -152,7 +153,7 @@ class Done(NamedTuple):
 def systemctl(own_database: str) -> Iterator[Systemctl]:
     with open_folder() as folder, ExitStack() as stack:
 
-        def start(name: str) -> Server:
+        def start(name: str, **settings: str) -> Server:
             (folder / f"instance-{name}").mkdir(exist_ok=True)
             return stack.enter_context(
                 Server(
@@ -160,6 +161,7 @@ def systemctl(own_database: str) -> Iterator[Systemctl]:
                     "--uds",
                     str(folder / f"{name}.sock"),
                     DATABASE_URL=own_database,
+                    **settings,
                 )
             )
 
@@ -197,7 +199,8 @@ async def test_a_rolling_restart_restarts_all_that_run_without_a_failed_request(
 
 
 def test_a_rolling_restart_ends_at_the_first_that_is_not_ready(systemctl: Systemctl) -> None:
-    done = systemctl.rolling_restart("2", "1", READY_PATH="/nowhere", READY_SECONDS="1")
+    systemctl.settings["2"] = {"MEDIA_FREE_FLOOR": str(2**50)}  # no disk has so much
+    done = systemctl.rolling_restart("2", "1", READY_SECONDS="1")
     assert (done.status, done.said) == (1, "")
     assert "chatterd@2 is not ready after 1 seconds" in done.complained
     systemctl.statuses["2"] = "1"
