@@ -11,7 +11,7 @@ from anyio import to_thread
 from sqlalchemy.engine import URL
 from starlette.applications import Starlette
 
-from chatterd import metrics, settings
+from chatterd import settings
 from chatterd.database import Database
 from chatterd.feed import Feed
 from chatterd.health import Health
@@ -19,6 +19,7 @@ from chatterd.keys import IdempotencyKeys, old_keys_forgotten
 from chatterd.live import Live
 from chatterd.media import MediaStore
 from chatterd.media_sweep import Leavings, swept
+from chatterd.readings import Readings
 from chatterd.writer import Writer
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class State(TypedDict):
     keys: IdempotencyKeys
     leavings: Leavings
     health: Health
+    readings: Readings
     llm: httpx2.AsyncClient
 
 
@@ -82,6 +84,7 @@ def lifespan(
                 swept(database, settings.MEDIA_ROOT),
                 old_keys_forgotten(keys),
             ):
+                readings = Readings(database, writer, feed, live, media)
                 state = State(
                     database=database,
                     writer=writer,
@@ -91,9 +94,10 @@ def lifespan(
                     keys=keys,
                     leavings=leavings,
                     health=health,
+                    readings=readings,
                     llm=llm,
                 )
-                async with metrics.handed_over(state):
+                async with readings.handed_over():
                     yield state
         finally:
             await database.aclose()

@@ -5,34 +5,22 @@ PROMETHEUS_MULTIPROC_DIR, in which each keeps its numbers, and each then answers
 docs/decisions/0015-observability.md says why it is as it is.
 """
 
-import asyncio
 import os
-import platform
-import time
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import prometheus_client
-import psutil
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
-
-from chatterd import __version__, logs
-
-if TYPE_CHECKING:
-    from chatterd.lifespan import State
+from prometheus_client.multiprocess import MultiProcessCollector
 
 # When each was begun, beside each counter: twice as many lines for what nobody asks.
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call] # prometheus-client's
 
 _registry: Final = CollectorRegistry()
-_is_one_of_several: Final = "PROMETHEUS_MULTIPROC_DIR" in os.environ
-# In this time the others' numbers are as new as Prometheus needs them.
-_HAND_OVER_SECONDS: Final = 1.0
+IS_ONE_OF_SEVERAL: Final = "PROMETHEUS_MULTIPROC_DIR" in os.environ
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _OTHER: Final = "other"
 _NO_ANSWER: Final = "none"
@@ -78,7 +66,7 @@ BATCH_SIZE: Final = _histogram(
 COMMIT_SECONDS: Final = _histogram(
     "chatterd_commit_seconds", "From sending a batch of posts to its commit.", buckets=_SECONDS
 )
-_POSTS_WAITING: Final = _gauge("chatterd_posts_waiting", "Posts that wait for the next commit.")
+POSTS_WAITING: Final = _gauge("chatterd_posts_waiting", "Posts that wait for the next commit.")
 
 FEED_CHECKS: Final = _counter(
     "chatterd_feed_checks_total", "Times that the database was asked whether the feed has changed."
@@ -86,9 +74,9 @@ FEED_CHECKS: Final = _counter(
 _FEED_ANSWERS: Final = _counter(
     "chatterd_feed_answers_total", "Answers to requests for the feed, by where it was.", ("source",)
 )
-_FEED_BYTES: Final = _gauge("chatterd_feed_memory_bytes", "Bytes of the feed kept in memory.")
+FEED_BYTES: Final = _gauge("chatterd_feed_memory_bytes", "Bytes of the feed kept in memory.")
 
-_SUBSCRIBERS: Final = _gauge(
+SUBSCRIBERS: Final = _gauge(
     "chatterd_subscribers", "Streams, WebSockets and waiting requests that follow the log."
 )
 _EVENTS_READ: Final = _counter("chatterd_events_read_total", "Events read for the subscribers.")
@@ -96,10 +84,10 @@ _EVENTS_DELIVERED: Final = _counter(
     "chatterd_events_delivered_total", "Events handed to subscribers, each counted for each."
 )
 
-_POOL_SIZE: Final = _gauge("chatterd_pool_size", "Connections that may be open to the database.")
-_POOL_IN_USE: Final = _gauge("chatterd_pool_in_use", "Connections to the database in use.")
-_POOL_WAITING: Final = _gauge("chatterd_pool_waiting", "Users that wait for a connection.")
-_DATABASE_UP: Final = _gauge(
+POOL_SIZE: Final = _gauge("chatterd_pool_size", "Connections that may be open to the database.")
+POOL_IN_USE: Final = _gauge("chatterd_pool_in_use", "Connections to the database in use.")
+POOL_WAITING: Final = _gauge("chatterd_pool_waiting", "Users that wait for a connection.")
+DATABASE_UP: Final = _gauge(
     "chatterd_database_up",
     "1 when the database has answered last, 0 when it is away; of several processes the least.",
     multiprocess_mode="livemin",
@@ -108,7 +96,7 @@ SLOW_STATEMENTS: Final = _counter(
     "chatterd_slow_statements_total", "Statements that took longer than SLOW_QUERY_MILLISECONDS."
 )
 
-_UPLOADS_IN_FLIGHT: Final = _gauge("chatterd_uploads_in_flight", "Forms that are arriving.")
+UPLOADS_IN_FLIGHT: Final = _gauge("chatterd_uploads_in_flight", "Forms that are arriving.")
 _UPLOAD_BYTES: Final = _counter("chatterd_upload_bytes_total", "Bytes of files that have arrived.")
 UPLOAD_FILES: Final = _counter("chatterd_upload_files_total", "Files that were kept.", ("kind",))
 for _kind in ("image", "video"):
@@ -142,19 +130,19 @@ LAST_SWEEP: Final = _gauge(
     multiprocess_mode="max",
 )
 
-_LOG_LINES_DROPPED: Final = _counter(
+LOG_LINES_DROPPED: Final = _counter(
     "chatterd_log_lines_dropped_total", "Lines that the log did not take fast enough."
 )
-_MEMORY: Final = _gauge("chatterd_resident_memory_bytes", "Resident memory.")
-_CPU: Final = _counter("chatterd_cpu_seconds_total", "Processor time, of all threads.")
-_DESCRIPTORS: Final = _gauge("chatterd_open_descriptors", "Open files and connections.")
-_PROCESSES: Final = _gauge("chatterd_processes", "Processes that serve.")
-_START_TIME: Final = _gauge(
+MEMORY: Final = _gauge("chatterd_resident_memory_bytes", "Resident memory.")
+CPU: Final = _counter("chatterd_cpu_seconds_total", "Processor time, of all threads.")
+DESCRIPTORS: Final = _gauge("chatterd_open_descriptors", "Open files and connections.")
+PROCESSES: Final = _gauge("chatterd_processes", "Processes that serve.")
+START_TIME: Final = _gauge(
     "chatterd_start_time_seconds",
     "When the process was started; of several the first.",
     multiprocess_mode="livemin",
 )
-_BUILD_INFO: Final = _gauge(
+BUILD_INFO: Final = _gauge(
     "chatterd_build_info", "Always 1.", ("version", "python"), multiprocess_mode="livemax"
 )
 
@@ -218,17 +206,6 @@ class Timing:
             self._total = 0.0
 
 
-class _ProcessorTime:
-    """Processor time, of which prometheus-client is told what has been added."""
-
-    handed_over = 0.0
-
-    def since_last(self) -> float:
-        before, self.handed_over = self.handed_over, time.process_time()
-        return self.handed_over - before
-
-
-_cpu: Final = _ProcessorTime()
 _handed_over: Final[list[Tally | Level | Timing]] = []
 
 IN_FLIGHT: Final = Level(_IN_FLIGHT)
@@ -295,57 +272,16 @@ def _timing_of(route: str, method: str) -> Timing:
     return Timing(_REQUEST_SECONDS.labels(route, method))
 
 
-def refresh(state: "State") -> None:
-    """Let prometheus-client have what was counted in plain Python, and what is true now."""
+def hand_over() -> None:
+    """Let prometheus-client have what was counted in plain Python."""
     for each in _handed_over:
         each.hand_over()
-    database, media = state["database"], state["media"]
-    size, in_use, waiting = database.pool
-    _POOL_SIZE.set(size)
-    _POOL_IN_USE.set(in_use)
-    _POOL_WAITING.set(waiting)
-    _DATABASE_UP.set(database.is_available)
-    _POSTS_WAITING.set(state["writer"].waiting)
-    _FEED_BYTES.set(state["feed"].size)
-    _SUBSCRIBERS.set(state["live"].subscribers)
-    _UPLOADS_IN_FLIGHT.set(media.uploads)
-    _LOG_LINES_DROPPED.inc(logs.take_dropped())
-    _CPU.inc(_cpu.since_last())
-    process = psutil.Process()
-    _MEMORY.set(process.memory_info().rss)
-    _DESCRIPTORS.set(process.num_fds())
-    _START_TIME.set(process.create_time())
-    _PROCESSES.set(1)
-    _BUILD_INFO.labels(__version__, platform.python_version()).set(1)
-
-
-@asynccontextmanager
-async def handed_over(state: "State") -> AsyncIterator[None]:
-    """Let the other processes know, again and again while the context lasts, if there are any."""
-    if not _is_one_of_several:
-        yield
-        return
-
-    async def again_and_again() -> None:
-        while True:
-            refresh(state)
-            await asyncio.sleep(_HAND_OVER_SECONDS)
-
-    task = asyncio.create_task(again_and_again())
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-        refresh(state)
-        mark_process_dead(os.getpid())  # type: ignore[no-untyped-call] # prometheus-client's
 
 
 def exposition(accept: str) -> tuple[bytes, str]:
     """Return everything as text, and its media type, for an Accept header. May take long."""
     registry = _registry
-    if _is_one_of_several:
+    if IS_ONE_OF_SEVERAL:
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call] # prometheus-client's
     try:

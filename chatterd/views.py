@@ -205,7 +205,7 @@ class Metrics(Endpoint):
         """Answer it in the format that is asked for; raises `Problem` 403 for strangers."""
         if not settings.METRICS_ALLOWED.have(request.client and request.client.host):
             raise Problem("address-not-allowed", "METRICS_ALLOWED does not name this address.")
-        metrics.refresh(request.state)
+        request.state["readings"].refresh()
         accept = request.headers.get("accept", "")
         body, media_type = await to_thread.run_sync(metrics.exposition, accept)
         headers = [(b"content-type", media_type.encode("latin-1")), _NO_STORE]
