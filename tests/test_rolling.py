@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ROUNDS, CONNECTIONS, STREAMS = 10, 32, 50
 # What people leave between what they do, so that the load is not the machine's only work.
-PAUSE_SECONDS = 0.05
+PAUSE_SECONDS = 0.1
 CAUGHT_UP_SECONDS = 30
 
 
