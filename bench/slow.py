@@ -23,7 +23,11 @@ _HEAD: Final = (
     b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: %b\r\nContent-Length: 5000\r\n"
 )
 _JSON: Final = _HEAD % (b"/postchatt", b"application/json") + b"\r\n{"
-_FORM: Final = _HEAD % (b"/postimages", FORM_TYPE["Content-Type"].encode()) + b"\r\n--"
+_BOUNDARY: Final = FORM_TYPE["Content-Type"].partition("boundary=")[2].encode()
+_FORM: Final = (
+    _HEAD % (b"/postimages", FORM_TYPE["Content-Type"].encode())
+    + b'\r\n--%b\r\nContent-Disposition: form-data; name="message"\r\n\r\n' % _BOUNDARY
+)
 _KINDS: Final = (_HEAD % (b"/postchatt", b"application/json") + b"X-Slow: ", _JSON, _FORM)
 
 
