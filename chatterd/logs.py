@@ -243,6 +243,9 @@ def configure(level: str, form: str) -> None:
     logging.basicConfig(handlers=[handler], level=max(logging.INFO, _number(level)), force=True)
     # What libraries say while they are looked into would hold addresses and headers.
     logging.getLogger("chatterd").setLevel(_number(level))
+    # It warns of each form that is wrong, with what stands there: the answer tells that, to whom it
+    # concerns.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     is_wanted = _number(level) <= logging.INFO
     requests = Requests(output, is_json=is_json) if is_wanted else None
 

@@ -103,6 +103,17 @@ async def test_a_request_has_one_line(client: httpx2.AsyncClient, server: Server
     }
 
 
+async def test_a_form_that_is_wrong_has_its_one_line_and_no_warning(
+    client: httpx2.AsyncClient, server: Server
+) -> None:
+    answer = await client.post("/postimages", content=b"--?", headers=form_type())
+    assert answer.status_code == 422
+    request_id = answer.headers["x-request-id"]
+    await line_of(server, request_id)
+    lines = [line for line in logged(server) if line.get("request_id") == request_id]
+    assert [line["logger"] for line in lines] == ["chatterd.requests"]
+
+
 async def test_what_waits_says_so(client: httpx2.AsyncClient, server: Server) -> None:
     stream, wait, socket = (uuid.uuid4().hex for _ in range(3))
     cursor = (await client.get("/v1/chatts")).json()["cursor"]
