@@ -341,9 +341,7 @@ class Bench:
         data.fill(self._few_url, _MEDIA_ROWS)
         with ExitStack() as stack:
             enter = stack.enter_context
-            # None of the slow uploads is refused, or its client would begin anew each second.
-            limit = str(_SLOW_CLIENTS)
-            chatterd = enter(programs.chatterd(self._folder, self._few_url, UPLOADS_MAX=limit))
+            chatterd = enter(programs.chatterd(self._folder, self._few_url))
             for kind, title in titles.items():
                 outcome = Outcome(title, "ms")
                 self._bar.set_description(title)
