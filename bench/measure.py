@@ -49,6 +49,8 @@ _WARM_UP_SECONDS: Final = 1
 _LIMIT: Final = 50
 _MEDIA_ROWS: Final = 100
 _SLOW_CLIENTS: Final = 500
+# What is to be told is less than a few seconds on a shared machine differ by.
+_BESIDE_TURNS: Final = 4
 
 
 class NotAvailable(Exception):  # noqa: N818 - a feature that is not there yet is no error
@@ -318,7 +320,7 @@ class Bench:
         ]
         chatterd.settle()
         with subscribed(chatterd.port, live.BESIDE) as found:
-            self._measure(outcome, contenders, 1, self._plan.seconds)
+            self._measure(outcome, contenders, 1, _BESIDE_TURNS * self._plan.seconds)
         outcome.compare("without subscribers", 0.9)
         if found.ended:
             outcome.fault = "invalid"
