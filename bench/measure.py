@@ -49,7 +49,7 @@ _WARM_UP_SECONDS: Final = 1
 _LIMIT: Final = 50
 _MEDIA_ROWS: Final = 100
 _SLOW_CLIENTS: Final = 500
-# What is to be told is less than a few seconds on a shared machine differ by.
+# On a shared machine, few turns do not tell a difference of a tenth.
 _BESIDE_TURNS: Final = 4
 
 

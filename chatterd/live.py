@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Final, NamedTuple, TypeVar
 
+import msgspec
+
 from chatterd import metrics
 from chatterd.chatts import StoredChatt
 from chatterd.database import Database, Line, Statement
@@ -63,8 +65,12 @@ class Event(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes that it takes, about."""
+        """Bytes that it takes on the wire, about."""
         return len(self.chatt.name) + len(self.chatt.message) + _EVENT_OVERHEAD
+
+
+_pack: Final = msgspec.msgpack.Encoder().encode
+_unpack: Final = msgspec.msgpack.Decoder(list[Event]).decode
 
 
 class Batch:
@@ -256,13 +262,26 @@ class Subscription:
                 self._cut.reschedule(now)
 
 
+class _Run(NamedTuple):
+    """Events that were read together: the number of the last, how many there are, their bytes."""
+
+    seq: int
+    length: int
+    packed: bytes
+
+
 class Kept:
-    """The newest events, which all subscribers share, after the number `start`."""
+    """The newest events, which all subscribers share, after the number `start`.
+
+    They are packed, for hardly anybody asks for them again: as objects they would lie among those
+    that requests make and drop all the time, and slow down everything that the process does.
+    """
 
     def __init__(self, end: Position) -> None:
         self.log = end.log
         self.start = self.seq = end.seq
-        self._events: list[Event] = []
+        self._runs: list[_Run] = []
+        self._count = 0
         self._size = 0
         self._batches: dict[int, Batch] = {}
 
@@ -273,18 +292,22 @@ class Kept:
 
     def extend(self, events: Sequence[Event]) -> None:
         """Add the events that follow; the oldest go when there are too many."""
-        self._events += events
-        self._size += sum(event.size for event in events)
+        # Who has all before is to get these, and nothing need be unpacked for it.
+        self._batches = {self.seq: Batch(self.log, _beginning(events))}
         self.seq = events[-1].seq
-        self._batches.clear()
-        over = max(0, len(self._events) - _KEPT_EVENTS)
-        self._size -= sum(event.size for event in self._events[:over])
-        while self._size > _KEPT_SIZE:
-            self._size -= self._events[over].size
+        run = _Run(self.seq, len(events), _pack(events))
+        self._runs.append(run)
+        self._count += run.length
+        self._size += len(run.packed)
+        over = 0
+        while self._runs[over] is not run and (
+            self._count > _KEPT_EVENTS or self._size > _KEPT_SIZE
+        ):
+            self._count -= self._runs[over].length
+            self._size -= len(self._runs[over].packed)
+            self.start = self._runs[over].seq
             over += 1
-        if over:
-            self.start = self._events[over - 1].seq
-            del self._events[:over]
+        del self._runs[:over]
 
     def after(self, seq: int) -> Batch | None:
         """Return the events after `seq`, or the first of them where they are many."""
@@ -292,10 +315,16 @@ class Kept:
             return None
         batch = self._batches.get(seq)
         if batch is None:
-            first = bisect_right(self._events, seq, key=lambda event: event.seq)
-            events = _beginning(self._events[first : first + _PAGE_LIMIT])
-            batch = self._batches[seq] = Batch(self.log, events)
+            batch = self._batches[seq] = Batch(self.log, _beginning(self._unpacked(seq)))
         return batch
+
+    def _unpacked(self, seq: int) -> Sequence[Event]:
+        events: list[Event] = []
+        for run in self._runs[bisect_right(self._runs, seq, key=lambda run: run.seq) :]:
+            events += [event for event in _unpack(run.packed) if event.seq > seq]
+            if len(events) >= _PAGE_LIMIT:
+                break
+        return events
 
 
 class Live:
@@ -480,8 +509,8 @@ class Live:
 
 
 def _event(row: Any) -> Event:  # noqa: ANN401 - SQLAlchemy's row or asyncpg's record
-    seq, is_deleted = tuple(row)[3:5]
-    return Event(seq, is_deleted, StoredChatt.of(row))
+    values = tuple(row)
+    return Event(values[3], values[4], StoredChatt.of(values))
 
 
 def _beginning(events: Sequence[Event]) -> Sequence[Event]:

@@ -248,6 +248,21 @@ async def test_more_changes_than_a_page_has_are_all_told_and_then_the_new_ones(
                 assert (await stream.event()).json()["message"] == "last"
 
 
+async def test_more_than_is_kept_in_memory_is_told_without_a_gap_when_it_comes_at_once(
+    own_database: str, psql: Connection, start_server: StartServer
+) -> None:
+    server = start_server(DATABASE_URL=own_database)
+    async with client_of(server) as client, stream_of(client) as stream:
+        await stream.begin()
+        await psql.execute(
+            "INSERT INTO chatts (name, message)"
+            " SELECT 'psql', repeat('x', 30000) FROM generate_series(1, 400)"
+        )
+        wanted = await log_of(psql, server.url)
+        assert sum(len(event.data) for event in wanted) > 12_000_000
+        assert await stream.events(400) == wanted
+
+
 @pytest.mark.parametrize("kind", no_cursors("0.1.1"))
 async def test_a_cursor_that_cannot_be_resumed_is_answered_with_reset(
     client: httpx2.AsyncClient, database: Connection, kind: str
