@@ -7,23 +7,17 @@ PostgreSQL's notifications only wake the one reader of a process; the table tell
 import asyncio
 import logging
 import random
-import re
-from bisect import bisect_right
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any, Final, NamedTuple, TypeVar
-
-import msgspec
+from typing import Final
 
 from chatterd import metrics
-from chatterd.chatts import StoredChatt
 from chatterd.database import Database, Line, Statement
 from chatterd.errors import DatabaseUnavailable, Problem
+from chatterd.events import PAGE_LIMIT, Batch, Kept, Position, event_of, position_of
 from chatterd.models import log_after, log_end
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 SILENCE_SECONDS: Final = 15.0
 """After so long without an event, a subscriber is to say something, or proxies hang up."""
@@ -40,82 +34,8 @@ _BACKOFF_SECONDS: Final = (0.05, 2.0)
 _REST_FACTOR: Final = 20.0
 _REST_MAX_SECONDS: Final = 0.1
 
-_PAGE_LIMIT: Final = 500
-# What is kept for those who are a little behind; who is further behind is cut, and resumes.
-_KEPT_EVENTS: Final = 5_000
-_KEPT_SIZE: Final = 8 * 1024 * 1024
-_BATCH_SIZE: Final = 128 * 1024
-_EVENT_OVERHEAD: Final = 400
-
-# Addresses differ by the host that a request names, and strangers choose that.
-_ENCODED_MAX: Final = 8
-
 _LOG_END: Final = Statement(log_end())
-_LOG_AFTER: Final = Statement(log_after(_PAGE_LIMIT))
-
-_CURSOR: Final = re.compile(r"([0-9a-f]{32}\.[0-9]{1,10})\.([0-9]{1,18})")
-
-
-class Event(NamedTuple):
-    """A chatt that was posted or changed, or one that was deleted."""
-
-    seq: int
-    is_deleted: bool
-    chatt: StoredChatt
-
-    @property
-    def size(self) -> int:
-        """Bytes that it takes on the wire, about."""
-        return len(self.chatt.name) + len(self.chatt.message) + _EVENT_OVERHEAD
-
-
-_pack: Final = msgspec.msgpack.Encoder().encode
-_unpack: Final = msgspec.msgpack.Decoder(list[Event]).decode
-
-
-class Batch:
-    """Events in commit order, and the cursor behind the last.
-
-    With `is_reset` there are none: what happened cannot be told, and the feed is to be read anew.
-    Subscribers at the same place share one, and what was made of it.
-    """
-
-    __slots__ = ("_encoded", "events", "is_reset", "log")
-
-    def __init__(self, log: str, events: Sequence[Event], *, is_reset: bool = False) -> None:
-        self.log = log
-        self.events = events
-        self.is_reset = is_reset
-        self._encoded: dict[tuple[object, str], Any] = {}
-
-    def encoded(self, media_url: str, encode: "Callable[[Batch, str], T]") -> T:
-        """Return what `encode` makes of this, once for each address."""
-        found: T | None = self._encoded.get((encode, media_url))
-        if found is None:
-            if len(self._encoded) >= _ENCODED_MAX:
-                self._encoded.clear()
-            found = self._encoded[encode, media_url] = encode(self, media_url)
-        return found
-
-    def cursor_of(self, event: Event) -> str:
-        """Return the cursor behind one of the events."""
-        return f"{self.log}.{event.seq}"
-
-
-class Position(NamedTuple):
-    """A place in a log: `log` is the feed's epoch and table, `seq` the last number before it."""
-
-    log: str
-    seq: int
-
-    def __str__(self) -> str:
-        return f"{self.log}.{self.seq}"
-
-
-def position_of(cursor: str) -> Position | None:
-    """Return the place that a cursor names; None for what is no cursor of ours."""
-    match = _CURSOR.fullmatch(cursor)
-    return Position(match[1], int(match[2])) if match else None
+_LOG_AFTER: Final = Statement(log_after(PAGE_LIMIT))
 
 
 class StreamEnd(Exception):  # noqa: N818 - no fault: it is over
@@ -191,7 +111,7 @@ class Subscription:
         if self._is_caught_up:
             raise StreamEnd  # it was too slow; it may come back with its cursor
         start = kept.start
-        batch = await self._live.changes(position, _PAGE_LIMIT)
+        batch = await self._live.changes(position, PAGE_LIMIT)
         if batch.is_reset:
             self._is_reset = True
         elif batch.events:
@@ -225,7 +145,7 @@ class Subscription:
         self._is_ended = True
         self.wake()
 
-    def offer(self, kept: "Kept") -> None:
+    def offer(self, kept: Kept) -> None:
         """Hand out what has been read: at once where that is possible, else through `take`.
 
         To wake a task for each subscriber would take half as long again.
@@ -246,7 +166,7 @@ class Subscription:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def tick(self, now: float, kept: "Kept | None") -> None:
+    def tick(self, now: float, kept: Kept | None) -> None:
         """Look whether it has been silent, or stuck, for too long."""
         if self._waiter is not None:
             if now >= self._silent_since + SILENCE_SECONDS:
@@ -260,71 +180,6 @@ class Subscription:
             )
             if is_behind or now >= self._stuck_at:
                 self._cut.reschedule(now)
-
-
-class _Run(NamedTuple):
-    """Events that were read together: the number of the last, how many there are, their bytes."""
-
-    seq: int
-    length: int
-    packed: bytes
-
-
-class Kept:
-    """The newest events, which all subscribers share, after the number `start`.
-
-    They are packed, for hardly anybody asks for them again: as objects they would lie among those
-    that requests make and drop all the time, and slow down everything that the process does.
-    """
-
-    def __init__(self, end: Position) -> None:
-        self.log = end.log
-        self.start = self.seq = end.seq
-        self._runs: list[_Run] = []
-        self._count = 0
-        self._size = 0
-        self._batches: dict[int, Batch] = {}
-
-    @property
-    def end(self) -> Position:
-        """The place behind the last event."""
-        return Position(self.log, self.seq)
-
-    def extend(self, events: Sequence[Event]) -> None:
-        """Add the events that follow; the oldest go when there are too many."""
-        # Who has all before is to get these, and nothing need be unpacked for it.
-        self._batches = {self.seq: Batch(self.log, _beginning(events))}
-        self.seq = events[-1].seq
-        run = _Run(self.seq, len(events), _pack(events))
-        self._runs.append(run)
-        self._count += run.length
-        self._size += len(run.packed)
-        over = 0
-        while self._runs[over] is not run and (
-            self._count > _KEPT_EVENTS or self._size > _KEPT_SIZE
-        ):
-            self._count -= self._runs[over].length
-            self._size -= len(self._runs[over].packed)
-            self.start = self._runs[over].seq
-            over += 1
-        del self._runs[:over]
-
-    def after(self, seq: int) -> Batch | None:
-        """Return the events after `seq`, or the first of them where they are many."""
-        if seq >= self.seq:
-            return None
-        batch = self._batches.get(seq)
-        if batch is None:
-            batch = self._batches[seq] = Batch(self.log, _beginning(self._unpacked(seq)))
-        return batch
-
-    def _unpacked(self, seq: int) -> Sequence[Event]:
-        events: list[Event] = []
-        for run in self._runs[bisect_right(self._runs, seq, key=lambda run: run.seq) :]:
-            events += [event for event in _unpack(run.packed) if event.seq > seq]
-            if len(events) >= _PAGE_LIMIT:
-                break
-        return events
 
 
 class Live:
@@ -395,8 +250,8 @@ class Live:
             head = rows[0]
             log = f"{head.epoch.hex}.{head.table}"
             if position is not None and position.log == log and position.seq <= head.last_seq:
-                events = [_event(row) for row in rows if row.seq is not None]
-                return Batch(log, _beginning(events))
+                events = [event_of(row) for row in rows if row.seq is not None]
+                return Batch(log, events)
         return Batch(log, (), is_reset=True)
 
     def waiter(self) -> "asyncio.Future[None]":
@@ -477,9 +332,9 @@ class Live:
                 break
             if head["seq"] is not None:
                 metrics.EVENTS_READ.count += len(rows)
-                self.kept.extend([_event(row) for row in rows])
+                self.kept.extend([event_of(row) for row in rows])
                 self._offer_all(self.kept)
-            if head["seq"] is None or len(rows) < _PAGE_LIMIT:
+            if head["seq"] is None or len(rows) < PAGE_LIMIT:
                 return self.kept
         return await self._begin()
 
@@ -506,18 +361,3 @@ class Live:
             took = self.time() - self._offered_since
             self._offered_since = None
             await asyncio.sleep(min(_REST_FACTOR * took, _REST_MAX_SECONDS))
-
-
-def _event(row: Any) -> Event:  # noqa: ANN401 - SQLAlchemy's row or asyncpg's record
-    values = tuple(row)
-    return Event(values[3], values[4], StoredChatt.of(values))
-
-
-def _beginning(events: Sequence[Event]) -> Sequence[Event]:
-    """Return as many of the first events as go out at once."""
-    size = 0
-    for index, event in enumerate(events):
-        size += event.size
-        if size > _BATCH_SIZE:
-            return events[: index + 1]
-    return events

@@ -14,8 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from chatterd.chatts import Changes, Deleted, encoded
 from chatterd.errors import DatabaseUnavailable
+from chatterd.events import Batch, position_of
 from chatterd.feed_http import PartsResponse
-from chatterd.live import Batch, Live, StreamEnd, Subscription, position_of
+from chatterd.live import Live, StreamEnd, Subscription
 from chatterd.paging import Wanted
 
 SEND_CHUNK: Final = "chatterd.send_chunk"

@@ -11,9 +11,10 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from chatterd.chatts import Deleted, encoded, encoded_new, media_url_of
 from chatterd.errors import DatabaseUnavailable, Problem, problem_body, problem_of
+from chatterd.events import Batch
 from chatterd.keys import checked_key
 from chatterd.lifespan import State
-from chatterd.live import Batch, StreamEnd, Subscription
+from chatterd.live import StreamEnd, Subscription
 from chatterd.schemas import draft_from_fields
 
 _SERVICE_RESTART: Final = 1012  # IANA, WebSocket Close Code Number Registry
