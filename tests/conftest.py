@@ -20,6 +20,7 @@ from sqlalchemy.engine import URL, make_url
 
 from chatterd.database import migrate
 from chatterd.embedded import postgres
+from chatterd.embedded_home import SYSTEM_FOLDER
 from tests.nginx import Certificate, Nginx
 from tests.ollama import FakeOllama
 from tests.process import Cluster, Server, open_folder
@@ -96,6 +97,21 @@ def _asks_the_shared_server(item: pytest.Item) -> bool:
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cluster_is_left_outside_the_folders_of_the_tests() -> Iterator[None]:
+    """Where root runs the tests, an embedded database below `tmp_path` would not lie there.
+
+    It would outlive the test, and be there when another test's folder has the same path.
+    """
+    before = _clusters()
+    yield
+    assert _clusters() <= before, "use open_folder for a server with the embedded database"
+
+
+def _clusters() -> set[Path]:
+    return {path.parent for path in SYSTEM_FOLDER.glob("*/PG_VERSION")}
 
 
 @pytest.fixture(scope="session")

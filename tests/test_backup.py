@@ -258,30 +258,29 @@ async def test_a_backup_under_load_is_restored_in_every_kind_of_place(
     assert run(tmp_path, "backup", str(archive), **settings).returncode == 0
 
     # From there into the embedded one; and a server runs on it.
-    embedded = tmp_path / "embedded"
-    embedded.mkdir()
-    done = run(embedded, "restore", str(archive))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert not (embedded / "var" / "media" / ".restoring").exists()
-    with Server(embedded) as server:
-        async with client_of(server) as client:
-            changes = (await client.get("/v1/chatts", params={"since": cursor})).json()
-            assert changes["reset"]
-            again = await client.post(
-                "/v1/chatts",
-                json={"name": "ann", "message": "to be posted again"},
-                headers={"Idempotency-Key": "once"},
-            )
-            assert again.headers["Idempotency-Replayed"] == "true"
-            assert again.json() == chatt
-            await assert_feed(client, rows, files)
-            # Beside it, from there.
-            archive = embedded / "embedded.tar"
-            done = run(embedded, "backup", str(archive))
-            assert (done.returncode, done.stderr) == (0, "")
-            await delete(client, chatt)
-        assert_refused(run(embedded, "restore", str(archive)), "in use by another chatterd")
-        assert server.stop() == 0
+    with open_folder() as embedded:
+        done = run(embedded, "restore", str(archive))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert not (embedded / "var" / "media" / ".restoring").exists()
+        with Server(embedded) as server:
+            async with client_of(server) as client:
+                changes = (await client.get("/v1/chatts", params={"since": cursor})).json()
+                assert changes["reset"]
+                again = await client.post(
+                    "/v1/chatts",
+                    json={"name": "ann", "message": "to be posted again"},
+                    headers={"Idempotency-Key": "once"},
+                )
+                assert again.headers["Idempotency-Replayed"] == "true"
+                assert again.json() == chatt
+                await assert_feed(client, rows, files)
+                # Beside it, from there.
+                archive = tmp_path / "embedded.tar"
+                done = run(embedded, "backup", str(archive))
+                assert (done.returncode, done.stderr) == (0, "")
+                await delete(client, chatt)
+            assert_refused(run(embedded, "restore", str(archive)), "in use by another chatterd")
+            assert server.stop() == 0
 
     # And back into one of the operator's own, at our version, which has the tables already.
     settings = {"DATABASE_URL": another_database, "MEDIA_ROOT": str(tmp_path / "back")}
