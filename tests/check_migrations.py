@@ -5,7 +5,6 @@
 
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TextIO
 
 from alembic import command
@@ -15,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from chatterd import embedded, settings
 from chatterd.embedded_home import EmbeddedPostgresError
+from tests.process import open_folder
 
 
 def alembic_config(url: str, stdout: TextIO = sys.stdout) -> Config:
@@ -26,8 +26,8 @@ def alembic_config(url: str, stdout: TextIO = sys.stdout) -> Config:
 def main() -> None:
     """Migrate up, compare, migrate down and up again."""
     with (
-        TemporaryDirectory() as folder,
-        embedded.postgres(Path(folder), bin_dir=settings.PG_BIN, options=["fsync=off"]) as url,
+        open_folder() as folder,
+        embedded.postgres(folder, bin_dir=settings.PG_BIN, options=["fsync=off"]) as url,
     ):
         config = alembic_config(url)
         command.upgrade(config, "head")

@@ -6,9 +6,14 @@ For each line on its standard input it prints the process id and the address of 
 server before it must have been killed. With its input it ends, and kills the last one.
 """
 
+import gc
 import os
 import signal
 import sys
+
+# What a start would import only then.
+import anyio._backends._asyncio  # noqa: F401 - it is imported for its own sake
+import httpcore2  # noqa: F401 - as above
 
 from chatterd import server, settings
 from chatterd.app import create_app
@@ -17,6 +22,7 @@ from chatterd.listener import Address, Listener
 
 def main() -> None:
     """Fork a server for each line."""
+    gc.freeze()  # a start looks through all there is
     before = None
     for _ in sys.stdin:
         if before is not None:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import aclosing, contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
@@ -22,7 +22,18 @@ from chatterd.database import Database
 from chatterd.media_doctor import doctor
 from chatterd.media_sweep import Sweep
 from tests.media_folder import du
-from tests.multipart import DEADLINE_SECONDS, connect, encode, fields, form_type, image, kept, video
+from tests.multipart import (
+    DEADLINE_SECONDS,
+    THUMBNAIL,
+    connect,
+    encode,
+    fields,
+    files,
+    form_type,
+    image,
+    kept,
+    video,
+)
 from tests.process import environment
 from tests.samples import longer_jpeg, longer_mp4
 
@@ -131,7 +142,8 @@ async def test_a_killed_server_leaves_whole_chatts_or_nothing_after_the_sweep(
             if longest == math.inf:
                 longest = LONGEST * (time.monotonic() - begun)
             os.kill(server.pid, signal.SIGKILL)
-            await all_is_right(psql, own_database, media)
+            await nothing_is_left_over(psql, own_database, media)
+    await all_is_right(own_database, media)
     stored = await psql.fetch("SELECT message, image, video FROM chatts")
     assert answered <= {row["message"] for row in stored}
     assert 0 < len(stored) < KILLS * UPLOADS_AT_ONCE
@@ -145,18 +157,26 @@ async def test_a_killed_server_leaves_whole_chatts_or_nothing_after_the_sweep(
     assert kept(media).keys() == named
 
 
-async def all_is_right(psql: Connection, url: str, media: Path) -> None:
-    """Sweep; then every file is named, complete, and all that is there."""
+async def nothing_is_left_over(psql: Connection, url: str, media: Path) -> None:
+    """Sweep; then what is there is what chatts name."""
     # What PostgreSQL had been sent it may still commit. A sweep is not so soon otherwise.
     with anyio.fail_after(DEADLINE_SECONDS):
         while await psql.fetchval(OTHERS):
             pass
-    database = Database(make_url(url))
-    try:
+    async with aclosing(Database(make_url(url))) as database:
         await Sweep(database, media, 0, delete=True).run()
+    stored = await psql.fetch("SELECT image, video FROM chatts")
+    named = {key for row in stored for key in row if key is not None}
+    assert {name.removesuffix(THUMBNAIL) for name in files(media)} == named
+
+
+async def all_is_right(url: str, media: Path) -> None:
+    """Check that every file is named, complete, and all that is there.
+
+    Once is enough: no chatt is deleted, and what one names stays as it is.
+    """
+    async with aclosing(Database(make_url(url))) as database:
         report = await doctor(database, media)
-    finally:
-        await database.aclose()
     states = (report.temporary, report.orphaned, report.corrupt, report.missing)
     assert [state.count for state in states] == [0, 0, 0, 0], report
     assert report.total == await asyncio.to_thread(du, media)
