@@ -9,7 +9,7 @@ import http
 import logging
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -17,136 +17,132 @@ from starlette.responses import Response
 
 logger = logging.getLogger(__name__)
 
-CATALOGUE: Final[Mapping[str, int]] = {
-    "request-malformed": 400,
-    "host-not-allowed": 400,
-    "name-too-long": 400,
-    "message-too-long": 400,
-    "delete-token-wrong": 403,
-    "address-not-allowed": 403,
-    "not-found": 404,
-    "chatt-not-found": 404,
-    "method-not-allowed": 405,
-    "request-timeout": 408,
-    "idempotency-key-in-use": 409,
-    "body-too-large": 413,
-    "image-too-large": 413,
-    "video-too-large": 413,
-    "image-too-many-pixels": 413,
-    "image-unsupported": 415,
-    "video-unsupported": 415,
-    "image-unclean": 415,
-    "video-unclean": 415,
-    "image-undecodable": 415,
-    "address-too-long": 414,
-    "range-not-satisfiable": 416,
-    "json-invalid": 422,
-    "form-invalid": 422,
-    "field-unknown": 422,
-    "field-duplicate": 422,
-    "name-missing": 422,
-    "name-invalid": 422,
-    "name-blank": 422,
-    "name-ambiguous": 422,
-    "message-missing": 422,
-    "message-invalid": 422,
-    "image-invalid": 422,
-    "video-invalid": 422,
-    "chatt-refused": 422,
-    "limit-invalid": 422,
-    "bound-invalid": 422,
-    "wait-invalid": 422,
-    "idempotency-key-invalid": 422,
-    "idempotency-key-reused": 422,
-    "frame-invalid": 422,
-    "headers-too-large": 431,
-    "internal-error": 500,
-    "llm-unreachable": 502,
-    "bad-gateway": 502,
-    "llm-busy": 503,
-    "too-many-posts": 503,
-    "too-many-uploads": 503,
-    "too-many-subscribers": 503,
-    "database-unavailable": 503,
-    "not-ready": 503,
-    "gateway-timeout": 504,
-    "storage-full": 507,
-}
-"""Each code a problem can carry, with its status. Codes never change their meaning."""
 
-MEANINGS: Final[Mapping[str, str]] = {
-    "request-malformed": "Nginx: the request is no HTTP that it understands",
-    "host-not-allowed": "the request names a host that is not in `ALLOWED_HOSTS`, or none",
-    "name-too-long": "the name has more characters than `NAME_MAX_LENGTH`",
-    "message-too-long": "the message has more characters than `MESSAGE_MAX_LENGTH`",
-    "delete-token-wrong": (
-        "`Chatterd-Delete-Token` is missing, or not the one that posting the chatt was "
-        "answered with"
+class Kind(NamedTuple):
+    """A kind of error: the status that its code always has, and when it is answered."""
+
+    status: int
+    meaning: str
+
+
+CATALOGUE: Final[Mapping[str, Kind]] = {
+    "request-malformed": Kind(400, "Nginx: the request is no HTTP that it understands"),
+    "host-not-allowed": Kind(
+        400, "the request names a host that is not in `ALLOWED_HOSTS`, or none"
     ),
-    "address-not-allowed": "the client's address is not in `METRICS_ALLOWED`",
-    "not-found": "there is nothing at this address",
-    "chatt-not-found": "there is no chatt with the id in the address, in `before` or in `after`",
-    "method-not-allowed": "the address does not answer this method; `Allow` names those it does",
-    "request-timeout": "the body took too long to arrive",
-    "idempotency-key-in-use": (
-        "the first request with this `Idempotency-Key` is still under way; `Retry-After` "
-        "says when to try again"
+    "name-too-long": Kind(400, "the name has more characters than `NAME_MAX_LENGTH`"),
+    "message-too-long": Kind(400, "the message has more characters than `MESSAGE_MAX_LENGTH`"),
+    "delete-token-wrong": Kind(
+        403,
+        (
+            "`Chatterd-Delete-Token` is missing, or not the one that posting the chatt was "
+            "answered with"
+        ),
     ),
-    "body-too-large": "the body, or a text in a form, is larger than its limit",
-    "image-too-large": "the picture is larger than `MEDIA_MAX_SIZE`",
-    "video-too-large": "the video is larger than `MEDIA_MAX_SIZE`",
-    "image-too-many-pixels": "the picture has more pixels than `MEDIA_MAX_PIXELS`",
-    "image-unsupported": "the bytes in `image` are no picture of a kind that is accepted",
-    "video-unsupported": "the bytes in `video` are no video of a kind that is accepted",
-    "image-unclean": "what the picture tells about place and person cannot be taken out of it",
-    "video-unclean": "what the video tells about place and person cannot be taken out of it",
-    "image-undecodable": "the picture is damaged, or decoding it takes too much memory or time",
-    "address-too-long": "Nginx: the address of the request is longer than it takes",
-    "range-not-satisfiable": (
-        "the range begins behind the file's end; `Content-Range` tells its size"
+    "address-not-allowed": Kind(403, "the client's address is not in `METRICS_ALLOWED`"),
+    "not-found": Kind(404, "there is nothing at this address"),
+    "chatt-not-found": Kind(
+        404, "there is no chatt with the id in the address, in `before` or in `after`"
     ),
-    "json-invalid": "the body is not a JSON object",
-    "form-invalid": "the body is not a complete multipart form",
-    "field-unknown": "there is a field that no chatt has",
-    "field-duplicate": "the form has a field twice",
-    "name-missing": "neither `name` nor `username` is there",
-    "name-invalid": "the name is not a string, not UTF-8, or has a character U+0000 in it",
-    "name-blank": "the name is empty or white space",
-    "name-ambiguous": "`name` and `username` are there and differ",
-    "message-missing": "there is no `message`",
-    "message-invalid": "the message is not a string, not UTF-8, or has a character U+0000 in it",
-    "image-invalid": "`image` is an empty file, or a text",
-    "video-invalid": "`video` is an empty file, or a text",
-    "chatt-refused": "the database does not take this chatt, for a rule that its operator added",
-    "limit-invalid": "`limit` is no number from 1 to 500",
-    "bound-invalid": (
-        "`before` or `after` is no UUID, two of `before`, `after` and `since` are given, "
-        "`wait` without `since`, or a parameter is unknown or there twice"
+    "method-not-allowed": Kind(
+        405, "the address does not answer this method; `Allow` names those it does"
     ),
-    "wait-invalid": "`wait` is no number of seconds from 0 to 55",
-    "idempotency-key-invalid": "`Idempotency-Key` is not 1 to 255 visible ASCII characters",
-    "idempotency-key-reused": "`Idempotency-Key` was used for another post",
-    "frame-invalid": "what came over the WebSocket is not what it takes",
-    "headers-too-large": "Nginx: the headers of the request are larger than it takes",
-    "internal-error": "a fault of the server; its log has the rest",
-    "llm-unreachable": "Ollama does not answer at `OLLAMA_URL`",
-    "bad-gateway": ("Nginx: no server answers behind it; `Retry-After` says when to try again"),
-    "llm-busy": "too many prompts at once; `Retry-After` says when to try again",
-    "too-many-posts": "too many posts wait for the database; `Retry-After` says when to try again",
-    "too-many-uploads": (
-        "`UPLOADS_MAX` uploads are under way, or too many pictures wait to be decoded; "
-        "`Retry-After` says when to try again"
+    "request-timeout": Kind(408, "the body took too long to arrive"),
+    "idempotency-key-in-use": Kind(
+        409,
+        (
+            "the first request with this `Idempotency-Key` is still under way; `Retry-After` says"
+            " when to try again"
+        ),
     ),
-    "too-many-subscribers": (
-        "`STREAM_MAX_SUBSCRIBERS` streams, WebSockets and waiting requests are open; "
-        "`Retry-After` says when to try again"
+    "body-too-large": Kind(413, "the body, or a text in a form, is larger than its limit"),
+    "image-too-large": Kind(413, "the picture is larger than `MEDIA_MAX_SIZE`"),
+    "video-too-large": Kind(413, "the video is larger than `MEDIA_MAX_SIZE`"),
+    "image-too-many-pixels": Kind(413, "the picture has more pixels than `MEDIA_MAX_PIXELS`"),
+    "image-unsupported": Kind(
+        415, "the bytes in `image` are no picture of a kind that is accepted"
     ),
-    "database-unavailable": "the database does not answer; `Retry-After` says when to try again",
-    "not-ready": "`/readyz`: a check has failed, which `checks` names, or the server stops",
-    "gateway-timeout": "Nginx: the server behind it takes too long to answer",
-    "storage-full": "there is no room for the file",
+    "video-unsupported": Kind(415, "the bytes in `video` are no video of a kind that is accepted"),
+    "image-unclean": Kind(
+        415, "what the picture tells about place and person cannot be taken out of it"
+    ),
+    "video-unclean": Kind(
+        415, "what the video tells about place and person cannot be taken out of it"
+    ),
+    "image-undecodable": Kind(
+        415, "the picture is damaged, or decoding it takes too much memory or time"
+    ),
+    "address-too-long": Kind(414, "Nginx: the address of the request is longer than it takes"),
+    "range-not-satisfiable": Kind(
+        416, "the range begins behind the file's end; `Content-Range` tells its size"
+    ),
+    "json-invalid": Kind(422, "the body is not a JSON object"),
+    "form-invalid": Kind(422, "the body is not a complete multipart form"),
+    "field-unknown": Kind(422, "there is a field that no chatt has"),
+    "field-duplicate": Kind(422, "the form has a field twice"),
+    "name-missing": Kind(422, "neither `name` nor `username` is there"),
+    "name-invalid": Kind(
+        422, "the name is not a string, not UTF-8, or has a character U+0000 in it"
+    ),
+    "name-blank": Kind(422, "the name is empty or white space"),
+    "name-ambiguous": Kind(422, "`name` and `username` are there and differ"),
+    "message-missing": Kind(422, "there is no `message`"),
+    "message-invalid": Kind(
+        422, "the message is not a string, not UTF-8, or has a character U+0000 in it"
+    ),
+    "image-invalid": Kind(422, "`image` is an empty file, or a text"),
+    "video-invalid": Kind(422, "`video` is an empty file, or a text"),
+    "chatt-refused": Kind(
+        422, "the database does not take this chatt, for a rule that its operator added"
+    ),
+    "limit-invalid": Kind(422, "`limit` is no number from 1 to 500"),
+    "bound-invalid": Kind(
+        422,
+        (
+            "`before` or `after` is no UUID, two of `before`, `after` and `since` are given, "
+            "`wait` without `since`, or a parameter is unknown or there twice"
+        ),
+    ),
+    "wait-invalid": Kind(422, "`wait` is no number of seconds from 0 to 55"),
+    "idempotency-key-invalid": Kind(
+        422, "`Idempotency-Key` is not 1 to 255 visible ASCII characters"
+    ),
+    "idempotency-key-reused": Kind(422, "`Idempotency-Key` was used for another post"),
+    "frame-invalid": Kind(422, "what came over the WebSocket is not what it takes"),
+    "headers-too-large": Kind(431, "Nginx: the headers of the request are larger than it takes"),
+    "internal-error": Kind(500, "a fault of the server; its log has the rest"),
+    "llm-unreachable": Kind(502, "Ollama does not answer at `OLLAMA_URL`"),
+    "bad-gateway": Kind(
+        502, "Nginx: no server answers behind it; `Retry-After` says when to try again"
+    ),
+    "llm-busy": Kind(503, "too many prompts at once; `Retry-After` says when to try again"),
+    "too-many-posts": Kind(
+        503, "too many posts wait for the database; `Retry-After` says when to try again"
+    ),
+    "too-many-uploads": Kind(
+        503,
+        (
+            "`UPLOADS_MAX` uploads are under way, or too many pictures wait to be decoded; "
+            "`Retry-After` says when to try again"
+        ),
+    ),
+    "too-many-subscribers": Kind(
+        503,
+        (
+            "`STREAM_MAX_SUBSCRIBERS` streams, WebSockets and waiting requests are open; "
+            "`Retry-After` says when to try again"
+        ),
+    ),
+    "database-unavailable": Kind(
+        503, "the database does not answer; `Retry-After` says when to try again"
+    ),
+    "not-ready": Kind(
+        503, "`/readyz`: a check has failed, which `checks` names, or the server stops"
+    ),
+    "gateway-timeout": Kind(504, "Nginx: the server behind it takes too long to answer"),
+    "storage-full": Kind(507, "there is no room for the file"),
 }
-"""When each code is answered."""
+"""Each code a problem can carry. Codes never change their meaning."""
 
 BY_NGINX: Final = frozenset(
     {"request-malformed", "address-too-long", "headers-too-large", "bad-gateway", "gateway-timeout"}
@@ -179,7 +175,7 @@ class Problem(Exception):  # noqa: N818 - RFC 9457 names it so
     ) -> None:
         super().__init__(detail)
         self.code = code
-        self.status = CATALOGUE[code]
+        self.status = CATALOGUE[code].status
         self.detail = detail
         self.headers = headers
         self.members = members

@@ -109,7 +109,7 @@ def _operation(  # noqa: PLR0913 - an operation has so many sides
     """Return an operation that answers `answers`, by status, and the problems of `codes`."""
     problems: dict[int, list[str]] = {}
     for code in sorted({*codes, *_EVERYWHERE}):
-        problems.setdefault(CATALOGUE[code], []).append(code)
+        problems.setdefault(CATALOGUE[code].status, []).append(code)
     operation: _Object = {
         "summary": summary,
         "description": description,

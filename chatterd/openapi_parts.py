@@ -7,7 +7,7 @@ import msgspec
 
 from chatterd import settings
 from chatterd.chatts import Changes, Chatt, Chatts, Deleted, NewChatt
-from chatterd.errors import CATALOGUE, MEANINGS
+from chatterd.errors import CATALOGUE
 from chatterd.paging import LIMIT_MAX, NEWEST, WAIT_MAX
 from chatterd.web_http import WEB_FILES
 
@@ -150,8 +150,8 @@ SCHEMAS: Final[Schema] = {
             "description": "For programs: a code never changes its meaning.",
             "type": "string",
             "oneOf": [
-                {"const": code, "description": f"{status}: {MEANINGS[code]}."}
-                for code, status in CATALOGUE.items()
+                {"const": code, "description": f"{kind.status}: {kind.meaning}."}
+                for code, kind in CATALOGUE.items()
             ],
         },
         request_id=_TEXT | {"description": "The value of the answer's `X-Request-Id`."},

@@ -43,7 +43,7 @@ _TLS_OPENING_SECONDS: Final = 1.0
 _TLS_GOODBYE_SECONDS: Final = 0.2
 # Longer than proxies keep connections to us, for 60 seconds: one that we close a moment before a
 # request comes on it costs the request.
-_KEEP_ALIVE_SECONDS: Final = 75
+KEEP_ALIVE_SECONDS: Final = 75
 _PING_SECONDS: Final = 20.0
 # Objects made and not yet freed, after which Python looks for garbage; its own default is 700.
 _GARBAGE_THRESHOLD: Final = 20_000
@@ -275,7 +275,7 @@ def _config(listener: Listener) -> Config:
     config.websocket_ping_interval = _PING_SECONDS
     config.include_server_header = False
     config.graceful_timeout = 0.5  # requests had their time before
-    config.keep_alive_timeout = _KEEP_ALIVE_SECONDS
+    config.keep_alive_timeout = KEEP_ALIVE_SECONDS
     # Past it, Hypercorn ends a connection of HTTP/2 with the requests that are under way on it.
     config.keep_alive_max_requests = sys.maxsize
     if address.certfile:

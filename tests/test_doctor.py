@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from tests.process import Server
+
 MOUNT, UMOUNT = "/usr/bin/mount", "/usr/bin/umount"
 CHECKS = [
     "settings",
@@ -430,6 +432,11 @@ async def test_what_a_server_says_of_itself_is_found(
         (finding,) = await server_check(url)
     assert finding.level == level
     assert words in finding.found
+
+
+async def test_a_server_is_found_ready(server: Server) -> None:
+    (finding,) = await server_check(server.url)
+    assert (finding.level, finding.found) == ("ok", f"ready at {server.url}")
 
 
 async def test_a_server_that_is_named_and_does_not_answer_is_a_fault(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from chatterd.doctor.nginx import (
     nginx_check,
     read_configuration,
 )
-from tests.process import wait_until
+from tests.process import run, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,6 +69,12 @@ def found(folder: Path, text: str) -> list[Finding]:
 
 def test_a_configuration_with_the_servers_limits_agrees(tmp_path: Path) -> None:
     (finding,) = found(tmp_path, SITE)
+    assert finding.level == "ok", finding
+
+
+def test_the_configuration_that_the_command_prints_agrees(tmp_path: Path) -> None:
+    printed = run(tmp_path, "nginx", MEDIA_ROOT=str(settings.MEDIA_ROOT.resolve()))
+    (finding,) = found(tmp_path, printed.stdout)
     assert finding.level == "ok", finding
 
 

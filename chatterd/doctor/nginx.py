@@ -14,6 +14,7 @@ from chatterd import settings
 from chatterd.bodies import FORM_MAX_SIZE
 from chatterd.doctor import Finding, ok, warning
 from chatterd.doctor.certificate import CertificateFiles
+from chatterd.server import KEEP_ALIVE_SECONDS
 
 DEFAULT_FILES: Final = (
     Path("/etc/nginx/sites-enabled/chatterd"),
@@ -32,8 +33,6 @@ _TOKEN: Final = re.compile(
 _RELOAD: Final = "sudo nginx -t && sudo systemctl reload nginx"
 # Nginx's own defaults.
 _BODY_SIZE, _READ_TIMEOUT, _UPSTREAM_KEEPALIVE = "1m", "60s", "60s"
-# Seconds after which the server closes a connection that nothing comes over.
-_SERVER_KEEPALIVE: Final = 75.0
 # A waiting request is answered after 55 seconds at most, a stream has a comment every 15.
 _LONGEST_SILENCE: Final = 55.0
 _FORM_PATHS: Final = ("/postimages", "/v1/chatts")
@@ -285,10 +284,10 @@ def _upstreams(configuration: Block) -> Iterator[Finding]:
         values = {words[0]: words[1] for words in upstream.directives if len(words) > 1}
         text = values.get("keepalive_timeout", _UPSTREAM_KEEPALIVE)
         seconds = _seconds(text)
-        if "keepalive" in values and seconds is not None and seconds >= _SERVER_KEEPALIVE:
+        if "keepalive" in values and seconds is not None and seconds >= KEEP_ALIVE_SECONDS:
             yield warning(
                 f"Nginx keeps idle connections to the server for {text}; the server closes them"
-                f" after {_SERVER_KEEPALIVE:.0f} s: now and then a request gets 502.",
+                f" after {KEEP_ALIVE_SECONDS} s: now and then a request gets 502.",
                 f"In upstream {' '.join(upstream.words[1:])}: keepalive_timeout 60s; Then:",
                 _RELOAD,
             )
