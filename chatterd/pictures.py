@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -22,7 +23,9 @@ logger = logging.getLogger(__name__)
 
 _QUEUE_LIMIT: Final = 64
 _START_SECONDS: Final = 30.0
-_DECODE_SECONDS: Final = 20.0
+_PROCESSOR_SECONDS: Final = 20.0
+# Before proxies give up, for 75 seconds are what they have (deploy/nginx).
+_DEADLINE_SECONDS: Final = 60.0
 # Address space of the worker. Before it decodes it has 130 MB; a pixel takes 17 bytes in a WebP,
 # which is the hungriest, and fewer than 10 in the other formats.
 _BASE_BYTES: Final = 384 * 2**20
@@ -42,15 +45,22 @@ class Size(NamedTuple):
 class PictureReader:
     """Decodes pictures, one at a time, in a worker process that may die of them.
 
-    `max_pixels` is the most that a picture may have; `deadline_seconds` the longest that decoding
-    it may take. The worker is started for the first picture, and anew after it has died; it ends
-    with the event loop.
+    `max_pixels` is the most that a picture may have, `processor_seconds` the most of a processor's
+    time that decoding it may take. Where others have the processors, it is given up for the moment
+    after `deadline_seconds`. The worker is started for the first picture, and anew after it has
+    died; it ends with the event loop.
 
     The worker bounds memory and time. It is no sandbox: who takes it over has the server's rights.
     """
 
-    def __init__(self, max_pixels: int, deadline_seconds: float = _DECODE_SECONDS) -> None:
+    def __init__(
+        self,
+        max_pixels: int,
+        processor_seconds: float = _PROCESSOR_SECONDS,
+        deadline_seconds: float = _DEADLINE_SECONDS,
+    ) -> None:
         self._max_pixels = max_pixels
+        self._processor_seconds = processor_seconds
         self._deadline_seconds = deadline_seconds
         # One picture at a time: the memory for one is bounded and that for several would be a
         # multiple, and a second processor is better left to the server and the database.
@@ -62,8 +72,9 @@ class PictureReader:
         """Return the size of the picture in the file at `path`, of which no pixel is decoded.
 
         Cancelling ends the work on it. Raises `Problem` 413 when it has too many pixels, 415 when
-        it cannot be decoded within the worker's limits, 503 when too many pictures are waiting;
-        `OSError` when there is no file, `BrokenWorkerProcess` when there can be no worker.
+        it cannot be decoded within the worker's limits, 503 when too many pictures are waiting or
+        the worker does not get a processor; `OSError` when there is no file, `BrokenWorkerProcess`
+        when there can be no worker.
         """
         return await self._ask(_measured, path)
 
@@ -73,11 +84,7 @@ class PictureReader:
 
     async def _ask(self, question: "_Question[T]", path: Path) -> T:
         if self._turn.statistics().tasks_waiting >= _QUEUE_LIMIT:
-            raise Problem(
-                "too-many-uploads",
-                "Too many pictures at the moment; try again in a moment.",
-                {"Retry-After": "1"},
-            )
+            raise _too_many()
         async with self._turn:
             outcome = await self._try(question, path)
             if outcome is None:  # that may have been an accident: what comes first out of memory
@@ -102,30 +109,46 @@ class PictureReader:
 
     async def _limit(self) -> None:
         memory = _BASE_BYTES + _PIXEL_BYTES * self._max_pixels
-        async with asyncio.timeout(_START_SECONDS):  # more than anyio takes to give up a start
-            await to_process.run_sync(_limit, memory, cancellable=True, limiter=self._worker)
+        try:
+            async with asyncio.timeout(_START_SECONDS):  # more than anyio takes to give up a start
+                await to_process.run_sync(_limit, memory, cancellable=True, limiter=self._worker)
+        except TimeoutError:
+            raise _no_processor() from None
 
     async def _decode(self, question: "_Question[T]", path: Path) -> "T | _Refusal | None":
-        """Let the worker look at the picture; it is killed when that takes too long.
-
-        None when it died.
-        """
+        """Let the worker look at the picture; None when it died, but for its limit of time."""
+        begun = time.monotonic()
         try:
             async with asyncio.timeout(self._deadline_seconds):
                 return await to_process.run_sync(
                     question,
                     path,
-                    self._max_pixels,
-                    math.ceil(self._deadline_seconds) + 1,
+                    _Limits(self._max_pixels, self._processor_seconds, self._deadline_seconds),
                     cancellable=True,
                     limiter=self._worker,
                 )
-        except TimeoutError:
-            logger.warning("A picture took more than %g s to decode", self._deadline_seconds)
-            return _UNDECODABLE
+        except TimeoutError:  # the worker has been killed
+            raise _no_processor() from None
         except BrokenWorkerProcess:
-            logger.warning("The process that decodes pictures died at one")
-            return None
+            # Before, it cannot have used up its time.
+            if time.monotonic() - begun < self._processor_seconds:
+                logger.warning("The process that decodes pictures died at one")
+                return None
+            logger.warning("A picture took more than %g s to decode", self._processor_seconds)
+            return _UNDECODABLE
+
+
+def _no_processor() -> Problem:
+    logger.warning("The process that decodes pictures did not get a processor in time")
+    return _too_many()
+
+
+def _too_many() -> Problem:
+    return Problem(
+        "too-many-uploads",
+        "Too many pictures at the moment; try again in a moment.",
+        {"Retry-After": "1"},
+    )
 
 
 class _Refusal(NamedTuple):
@@ -142,7 +165,16 @@ _UNDECODABLE: Final = _Refusal(
     "image-undecodable", "image cannot be decoded; it is damaged, or asks too much of a decoder."
 )
 
-_Question: TypeAlias = Callable[[Path, int, int], T | _Refusal]
+
+class _Limits(NamedTuple):
+    """Those of one picture, as `PictureReader` has them."""
+
+    pixels: int
+    processor_seconds: float
+    deadline_seconds: float
+
+
+_Question: TypeAlias = Callable[[Path, _Limits], T | _Refusal]
 
 
 # What follows runs in the worker. Its questions raise `OSError` when there is no file.
@@ -164,25 +196,25 @@ def _limit(memory: int) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def _measured(path: Path, max_pixels: int, seconds: int) -> Size | _Refusal:
+def _measured(path: Path, limits: _Limits) -> Size | _Refusal:
     from chatterd import thumbnails  # noqa: PLC0415 - brings Pillow, which is the worker's alone
 
-    with _life_of(seconds), path.open("rb") as file:
-        return _looked_at(lambda: Size(*thumbnails.measured(file, max_pixels)), max_pixels)
+    with _life_of(limits), path.open("rb") as file:
+        return _looked_at(lambda: Size(*thumbnails.measured(file, limits.pixels)), limits.pixels)
 
 
-def _reduced(path: Path, max_pixels: int, seconds: int) -> bytes | _Refusal:
+def _reduced(path: Path, limits: _Limits) -> bytes | _Refusal:
     from chatterd import thumbnails  # noqa: PLC0415 - brings Pillow, which is the worker's alone
 
     with (
-        _life_of(seconds),
+        _life_of(limits),
         path.open("rb") as file,
         # Of its own, since a thread that has stepped back cannot come forward again: sizes are
         # waited for.
         ThreadPoolExecutor(1, initializer=_step_back) as thread,
     ):
-        look = partial(thumbnails.reduced, file, max_pixels)
-        return thread.submit(_looked_at, look, max_pixels).result()
+        look = partial(thumbnails.reduced, file, limits.pixels)
+        return thread.submit(_looked_at, look, limits.pixels).result()
 
 
 def _step_back() -> None:
@@ -192,15 +224,17 @@ def _step_back() -> None:
 
 
 @contextmanager
-def _life_of(seconds: int) -> Iterator[None]:
-    """End the worker after so many seconds.
+def _life_of(limits: _Limits) -> Iterator[None]:
+    """Have the kernel end the worker when it has used up its time of a processor.
 
-    The server has an earlier deadline; this is for when the server was killed.
+    Also a moment after the deadline, which is the server's to keep, for the server may be killed.
     """
-    signal.alarm(seconds)
+    signal.setitimer(signal.ITIMER_PROF, limits.processor_seconds)
+    signal.alarm(math.ceil(limits.deadline_seconds) + 1)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
 
 

@@ -19,6 +19,7 @@ import psutil
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
+from chatterd import pictures
 from chatterd.errors import Problem
 from chatterd.pictures import PictureReader
 from tests import samples
@@ -544,17 +545,50 @@ async def test_a_worker_that_is_killed_while_idle_takes_no_picture_with_it(
     assert workers() != [worker]
 
 
+@pytest.mark.parametrize(
+    ("limit", "code"),
+    [("processor_seconds", "image-undecodable"), ("deadline_seconds", "too-many-uploads")],
+)
 async def test_a_picture_that_takes_too_long_is_refused_and_the_next_is_not(
-    tmp_path: Path,
+    tmp_path: Path, limit: str, code: str
 ) -> None:
-    reader = PictureReader(MAX_PIXELS, deadline_seconds=0.25)
+    reader = PictureReader(MAX_PIXELS, **{limit: 0.25})
     slow, quick = tmp_path / "slow", tmp_path / "quick"
     slow.write_bytes(slow_png())
     quick.write_bytes(samples.PNG)
-    await assert_refused(asyncio.create_task(described(reader, slow)), "image-undecodable")
+    await assert_refused(asyncio.create_task(described(reader, slow)), code)
     assert workers() == []
     reader = PictureReader(MAX_PIXELS)
     assert (await described(reader, quick)).width == 2
+
+
+async def test_a_worker_that_does_not_get_to_its_next_picture_is_replaced(
+    describe: Describe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await describe(samples.PNG)
+    [worker] = workers()
+    worker.suspend()
+    monkeypatch.setattr(pictures, "_START_SECONDS", 0.25)
+    await assert_refused(describe(samples.PNG), "too-many-uploads")
+    monkeypatch.undo()
+    assert (await describe(samples.PNG)).width == 2
+    assert workers() != [worker]
+
+
+async def test_only_time_on_a_processor_makes_a_picture_one_that_takes_too_long(
+    tmp_path: Path,
+) -> None:
+    seconds = 4.0
+    reader = PictureReader(MAX_PIXELS, processor_seconds=seconds)
+    slow = tmp_path / "slow"
+    slow.write_bytes(slow_png())
+    describing = asyncio.create_task(described(reader, slow))
+    worker = await busy()
+    worker.suspend()
+    await asyncio.wait([describing], timeout=seconds)
+    assert not describing.done()
+    worker.resume()
+    assert (await describing).width == 7000
 
 
 async def test_who_leaves_ends_the_work_on_the_picture(describe: Describe) -> None:
