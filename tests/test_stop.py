@@ -256,7 +256,7 @@ def test_it_says_when_it_is_ready_alive_and_stopping(
 IMPATIENT = """
 from chatterd import connection, server
 connection._HEAD_SECONDS, connection._LOOK_SECONDS = 1, 0.25
-server._KEEP_ALIVE_SECONDS = 3
+server.KEEP_ALIVE_SECONDS = 3
 from chatterd.cli import main
 main()
 """
