@@ -30,7 +30,7 @@ format: $(VENV)/installed-dev ## Format the code and mend what the linter can me
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(VENV)/installed-bench ## Measure the speed, in 15 minutes (QUICK=1: in 3; BENCH_ARGS="--only POST")
+bench: $(VENV)/installed-bench ## Measure the speed, in 18 minutes (QUICK=1: in 3; BENCH_ARGS="--only POST")
 	@exec $(BIN)/python -m bench $(if $(QUICK),--quick) $(BENCH_ARGS)
 
 install: $(VENV)/installed ## Only make .venv, with what the server needs
