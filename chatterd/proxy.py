@@ -1,7 +1,8 @@
-"""What trusted proxies say of a request: who sent it, to which host, by which scheme.
+"""Proxies in front of the server: what trusted ones say of a request, and how long they are kept.
 
-Only the peer's own word counts, and that of proxies it names as far as these are trusted, too: what
-stands further left, anybody may have written (RFC 7239 §8.1).
+They say who sent it, to which host, by which scheme. Only the peer's own word counts, and that of
+proxies it names as far as these are trusted, too: what stands further left, anybody may have written
+(RFC 7239 §8.1).
 """
 
 import ipaddress
@@ -12,6 +13,10 @@ from typing import Final, NamedTuple
 from starlette.types import Scope
 
 from chatterd import settings
+
+KEEP_ALIVE_SECONDS: Final = 75
+"""How long an idle connection is kept. Proxies keep theirs for 60 seconds, which must be less: one
+that we close a moment before a request comes on it costs the request."""
 
 _FORWARDED: Final = b"forwarded"
 _X_FORWARDED: Final = (b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host")

@@ -26,6 +26,7 @@ from chatterd.edge import Edge
 from chatterd.lifespan import StartError
 from chatterd.listener import BACKLOG, Address, Listener
 from chatterd.notify import notify, watchdog_seconds
+from chatterd.proxy import KEEP_ALIVE_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,6 @@ _TLS_OPENING_SECONDS: Final = 1.0
 # How long a TLS connection that we close waits for the client's own goodbye; asyncio's 30 seconds
 # would outlast the stop.
 _TLS_GOODBYE_SECONDS: Final = 0.2
-# Longer than proxies keep connections to us, for 60 seconds: one that we close a moment before a
-# request comes on it costs the request.
-KEEP_ALIVE_SECONDS: Final = 75
 _PING_SECONDS: Final = 20.0
 # Objects made and not yet freed, after which Python looks for garbage; its own default is 700.
 _GARBAGE_THRESHOLD: Final = 20_000

@@ -8,6 +8,7 @@ import io
 import os
 import time
 import zlib
+from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -18,9 +19,11 @@ from PIL import Image
 from sqlalchemy.engine import make_url
 from starlette.applications import Starlette
 
-from chatterd import settings
+from chatterd import pictures, settings
 from chatterd.app import create_app
+from chatterd.database import Database
 from chatterd.errors import Problem
+from chatterd.media import MediaStore
 from chatterd.media_room import Room
 from tests.conftest import client_of, connected
 from tests.metadata_parts import tagged_movie, tagged_webm
@@ -281,6 +284,28 @@ async def test_a_missing_thumbnail_is_made_when_somebody_asks_for_it(
     assert len({answer.content for answer in answers}) == 1
     assert Image.open(io.BytesIO(answers[0].content)).size == (512, 5)
     assert files(server.media) == ["ann.png", "ann.png" + THUMBNAIL]
+
+
+async def test_a_thumbnail_that_is_given_up_for_the_moment_is_made_later(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ann.png", "bob.png"):
+        (tmp_path / name).write_bytes(PNG)
+    async with (
+        aclosing(Database(make_url(database_url))) as database,
+        aclosing(MediaStore(tmp_path, database)) as store,
+    ):
+        store.prepare()
+        await store.thumbnail_path("ann.png")
+        with monkeypatch.context() as patch:
+            patch.setattr(pictures, "_START_SECONDS", 0)
+            with pytest.raises(Problem) as refused:
+                await store.thumbnail_path("bob.png")
+        assert (refused.value.status, refused.value.code) == (503, "too-many-uploads")
+        assert f"bob.png{THUMBNAIL}" not in files(tmp_path)
+        thumbnail = await store.thumbnail_path("bob.png")
+        assert thumbnail is not None
+        assert thumbnail.stat().st_size > 0
 
 
 async def test_what_cannot_be_decoded_has_no_thumbnail(client: httpx2.AsyncClient) -> None:

@@ -546,17 +546,23 @@ async def test_a_worker_that_is_killed_while_idle_takes_no_picture_with_it(
 
 
 @pytest.mark.parametrize(
-    ("limit", "code"),
-    [("processor_seconds", "image-undecodable"), ("deadline_seconds", "too-many-uploads")],
+    ("limit", "code", "logged"),
+    [
+        ("processor_seconds", "image-undecodable", "A picture took more than 0.25 s to decode"),
+        ("deadline_seconds", "too-many-uploads", "did not get a processor in time"),
+    ],
 )
 async def test_a_picture_that_takes_too_long_is_refused_and_the_next_is_not(
-    tmp_path: Path, limit: str, code: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, limit: str, code: str, logged: str
 ) -> None:
     reader = PictureReader(MAX_PIXELS, **{limit: 0.25})
     slow, quick = tmp_path / "slow", tmp_path / "quick"
     slow.write_bytes(slow_png())
     quick.write_bytes(samples.PNG)
     await assert_refused(asyncio.create_task(described(reader, slow)), code)
+    # Once: it is not tried again, as it is when a worker was killed.
+    (message,) = caplog.messages
+    assert logged in message
     assert workers() == []
     reader = PictureReader(MAX_PIXELS)
     assert (await described(reader, quick)).width == 2

@@ -14,7 +14,7 @@ from chatterd import settings
 from chatterd.bodies import FORM_MAX_SIZE
 from chatterd.doctor import Finding, ok, warning
 from chatterd.doctor.certificate import CertificateFiles
-from chatterd.server import KEEP_ALIVE_SECONDS
+from chatterd.proxy import KEEP_ALIVE_SECONDS
 
 DEFAULT_FILES: Final = (
     Path("/etc/nginx/sites-enabled/chatterd"),
