@@ -1,8 +1,8 @@
 """Proxies in front of the server: what trusted ones say of a request, and how long they are kept.
 
 They say who sent it, to which host, by which scheme. Only the peer's own word counts, and that of
-proxies it names as far as these are trusted, too: what stands further left, anybody may have written
-(RFC 7239 §8.1).
+proxies it names as far as these are trusted, too: what stands further left, anybody may have
+written (RFC 7239 §8.1).
 """
 
 import ipaddress
