@@ -490,6 +490,8 @@ async def test_older_chatts_come_as_one_scrolls_and_what_is_read_stays_in_its_pl
         assert await shown(page) == [str(n) for n in range(120)]
         await page.locator("#scroller").press("Home")
         await expect(page.get_by_text("0", exact=True)).to_be_in_viewport()
+        # A key scrolls smoothly: the oldest is in sight before the page has come to rest.
+        await expect(page.locator("#scroller")).to_have_js_property("scrollTop", 0)
 
         # What is new does not take the reader away, but says that it is there.
         place = await page.get_by_text("2", exact=True).bounding_box()
