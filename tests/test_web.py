@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import httpx2
     from playwright.async_api import Browser, FilePayload, Locator, Page, Route
 
+    from tests.browser import Visitor
     from tests.multipart import Connection
     from tests.process import Server
 
@@ -403,13 +404,24 @@ async def test_somebody_who_was_offline_is_told_so_and_misses_nothing(
         page = await ann.tab()
         await post(page, "before")
         await expect_shown(page, "before")
-        await ann.context.set_offline(offline=True)
+        await go_offline(ann, page)
         await expect(page.get_by_role("status")).to_have_text("Connection lost. Trying again…")
         for message in ("first", "second"):
             await client.post("/postchatt", json={"name": "bob", "message": message})
         await ann.context.set_offline(offline=False)
         await expect_shown(page, "before", "first", "second")
         await expect(page.get_by_role("status")).to_have_text("Live")
+
+
+async def go_offline(visitor: Visitor, page: Page) -> None:
+    """Take the network away, as far as the browser's emulation of that goes.
+
+    It leaves connections that are open alone, and the page may hear of it before new ones fail: so
+    the page is told once more when they do.
+    """
+    await visitor.context.set_offline(offline=True)
+    await page.wait_for_function("() => fetch('livez').then(() => false, () => true)")
+    await page.evaluate("dispatchEvent(new Event('offline'))")
 
 
 async def test_a_server_that_stops_and_starts_again_is_found_again_and_nothing_is_missed(
