@@ -7,7 +7,9 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final, Literal, TypedDict, Unpack
 from urllib.parse import urlsplit
 
-from playwright.async_api import async_playwright
+from playwright.async_api import async_playwright, expect
+
+from tests.process import DEADLINE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 CHROMIUM: Final = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 # Chromium's sandbox refuses to run as root, which runs the tests in a container.
+expect.set_options(timeout=DEADLINE_SECONDS * 1000)
 _OPTIONS: Final = ["--no-sandbox"] if os.geteuid() == 0 else []
 
 

@@ -23,7 +23,7 @@ from tests.multipart import problem
 from tests.process import DEADLINE_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     import httpx2
     from playwright.async_api import Browser, FilePayload, Locator, Page, Route
@@ -227,16 +227,29 @@ async def test_the_name_is_remembered_and_the_time_is_the_readers(
 # Sending. -----------------------------------------------------------------------------------------
 
 
+UNLIMITED = -1
+
+
+async def limiter_of_uploads(page: Page) -> Callable[[int], Awaitable[None]]:
+    """What limits a page's uploads to a number of bytes per second."""
+    session = await page.context.new_cdp_session(page)
+
+    async def limit(bytes_per_second: int) -> None:
+        conditions = {"offline": False, "latency": 0, "downloadThroughput": UNLIMITED}
+        await session.send(
+            "Network.emulateNetworkConditions", conditions | {"uploadThroughput": bytes_per_second}
+        )
+
+    return limit
+
+
 async def test_the_progress_of_an_upload_is_shown_and_the_chatt_comes_once(
     browser: Browser, server: Server, client: httpx2.AsyncClient
 ) -> None:
     async with visiting(browser, server.url) as ann:
         page = await ann.tab()
-        slow = {"offline": False, "latency": 0, "downloadThroughput": -1}
-        session = await ann.context.new_cdp_session(page)
-        await session.send(
-            "Network.emulateNetworkConditions", slow | {"uploadThroughput": 1_000_000}
-        )
+        limit_uploads = await limiter_of_uploads(page)
+        await limit_uploads(200_000)
         await post(page, "Slowly", image=photo(1500, 1000))
         bar = page.get_by_role("progressbar", name="Upload")
         await expect(bar).to_be_visible()
@@ -245,6 +258,7 @@ async def test_the_progress_of_an_upload_is_shown_and_the_chatt_comes_once(
         early = await bar.evaluate("bar => bar.value")
         await page.wait_for_function(moved, arg=early + 10)
         await expect(page.get_by_role("button", name="Sending…")).to_be_disabled()
+        await limit_uploads(UNLIMITED)
         await expect_shown(page, "Slowly")
         await expect(bar).to_be_hidden()
     assert len((await client.get("/getchatts")).json()) == 1
@@ -254,6 +268,7 @@ async def test_a_chatt_whose_answer_was_lost_is_sent_again_and_stored_once(
     browser: Browser, server: Server, client: httpx2.AsyncClient
 ) -> None:
     keys = []
+    is_told = anyio.Event()
 
     async def lose_first_answer(route: Route) -> None:
         if route.request.method != "POST":
@@ -261,6 +276,7 @@ async def test_a_chatt_whose_answer_was_lost_is_sent_again_and_stored_once(
             return
         keys.append(route.request.headers["idempotency-key"])
         if len(keys) > 1:
+            await is_told.wait()
             await route.continue_()
             return
         await route.fetch()
@@ -273,6 +289,7 @@ async def test_a_chatt_whose_answer_was_lost_is_sent_again_and_stored_once(
         await expect(
             page.get_by_text("The server cannot be reached. Trying again…")
         ).to_be_visible()
+        is_told.set()
         await expect(page.get_by_label("Message", exact=True)).to_be_empty()
         await expect_shown(page, "Once")
         await post(page, "Once")  # what is written again is another chatt
@@ -286,17 +303,12 @@ async def test_an_upload_can_be_stopped_and_sent_after_all(
 ) -> None:
     async with visiting(browser, server.url, may_fail=True) as ann:
         page = await ann.tab()
-        session = await ann.context.new_cdp_session(page)
-        conditions = {"offline": False, "latency": 0, "downloadThroughput": -1}
-        await session.send(
-            "Network.emulateNetworkConditions", conditions | {"uploadThroughput": 50_000}
-        )
+        limit_uploads = await limiter_of_uploads(page)
+        await limit_uploads(50_000)
         await post(page, "Later", image=photo())
         await page.get_by_role("button", name="Stop").click()
         await expect(page.get_by_text("Stopped.")).to_be_visible()
-        await session.send(
-            "Network.emulateNetworkConditions", conditions | {"uploadThroughput": -1}
-        )
+        await limit_uploads(UNLIMITED)
         await page.get_by_role("button", name="Send").click()
         await expect_shown(page, "Later")
     assert len((await client.get("/getchatts")).json()) == 1
@@ -328,6 +340,8 @@ async def test_what_cannot_be_sent_is_said_before_it_is_sent(
     async with visiting(browser, server.url) as ann:
         page = await ann.tab()
         alert = page.get_by_role("alert")
+        await page.get_by_label("Message", exact=True).fill("8 of 8 !")
+        await expect(page.get_by_text("0 characters left")).to_be_visible()  # it knows the limits
         await post(page, "hi", name=" ")
         await expect(alert).to_have_text("Please enter your name.")
         await expect(page.get_by_label("Name", exact=True)).to_be_focused()
