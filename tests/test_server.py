@@ -809,13 +809,13 @@ def get(url: str) -> httpx2.Response | None:
         return None
 
 
-def test_hypercorn_serves_the_application_by_itself(tmp_path: Path, database_url: str) -> None:
+def test_hypercorn_serves_the_application_by_itself(tmp_path: Path, own_database: str) -> None:
     port = free_port()
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "hypercorn", "chatterd.app:app", "--bind", f"127.0.0.1:{port}"],
             cwd=tmp_path,
-            env=environment(tmp_path, DATABASE_URL=database_url),
+            env=environment(tmp_path, DATABASE_URL=own_database),
             stdout=log,
             stderr=log,
         )

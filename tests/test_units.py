@@ -65,11 +65,11 @@ main()
 
 
 def test_pictures_are_decoded_where_no_memory_may_be_made_executable(
-    tmp_path: Path, database_url: str
+    tmp_path: Path, own_database: str
 ) -> None:
     if subprocess.run([sys.executable, "-c", PR_SET_MDWE, "--version"], check=False).returncode:
         pytest.skip("only Linux 6.3 and newer can be told so")
-    with Server(tmp_path, program=("-c", PR_SET_MDWE), DATABASE_URL=database_url) as server:
+    with Server(tmp_path, program=("-c", PR_SET_MDWE), DATABASE_URL=own_database) as server:
         form = encode(*fields(), image(JPEG))
         answer = httpx2.post(f"{server.url}/postimages", content=form, headers=form_type())
         assert answer.status_code == 200
