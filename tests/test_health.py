@@ -143,7 +143,11 @@ async def test_those_who_ask_at_once_share_one_check_which_has_a_time_limit(
         transaction = psql.transaction()
         await transaction.start()
         await psql.execute("LOCK TABLE alembic_version")
-        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        # Not pg_stat_activity, which stays the same within a transaction.
+        waiting = (
+            "SELECT count(*) FROM pg_locks"
+            " WHERE NOT granted AND relation = 'alembic_version'::regclass"
+        )
         with anyio.fail_after(20):
             while await psql.fetchval(waiting) == 0:
                 group.start_soon(ask)
