@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 CHROMIUM: Final = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 # Chromium's sandbox refuses to run as root, which runs the tests in a container.
-expect.set_options(timeout=DEADLINE_SECONDS * 1000)
 _OPTIONS: Final = ["--no-sandbox"] if os.geteuid() == 0 else []
+
+expect.set_options(timeout=DEADLINE_SECONDS * 1000)
 
 
 @asynccontextmanager

@@ -195,6 +195,13 @@ async def connected(url: URL | str) -> AsyncIterator[Connection]:
         await connection.close()
 
 
+async def waiting_for(table: str, psql: Connection) -> int:
+    """How many wait for a lock on a table; pg_stat_activity would not change in a transaction."""
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = $1::text::regclass"
+    count: int = await psql.fetchval(waiting, table)
+    return count
+
+
 @asynccontextmanager
 async def database_away(url: str, postgres_url: URL) -> AsyncIterator[None]:
     """Have PostgreSQL end the connections to a database and take no new ones."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from tests.conftest import client_of, connected, database_at_head, database_away
+from tests.conftest import client_of, connected, database_at_head, database_away, waiting_for
 from tests.multipart import LEAKS, connect
 from tests.process import Server
 from tests.streams import stream_of
@@ -143,13 +143,8 @@ async def test_those_who_ask_at_once_share_one_check_which_has_a_time_limit(
         transaction = psql.transaction()
         await transaction.start()
         await psql.execute("LOCK TABLE alembic_version")
-        # Not pg_stat_activity, which stays the same within a transaction.
-        waiting = (
-            "SELECT count(*) FROM pg_locks"
-            " WHERE NOT granted AND relation = 'alembic_version'::regclass"
-        )
         with anyio.fail_after(20):
-            while await psql.fetchval(waiting) == 0:
+            while await waiting_for("alembic_version", psql) == 0:
                 group.start_soon(ask)
                 await anyio.sleep(0.02)
         answers.clear()
@@ -157,7 +152,7 @@ async def test_those_who_ask_at_once_share_one_check_which_has_a_time_limit(
             group.start_soon(ask)
         with anyio.fail_after(20):
             while len(answers) < 30:
-                assert await psql.fetchval(waiting) <= 1
+                assert await waiting_for("alembic_version", psql) <= 1
                 await anyio.sleep(0.1)
         await transaction.rollback()
     failed = ALL_OK | {"database": "failed", "schema": "unknown"}

@@ -17,7 +17,7 @@ import pytest
 from websockets.asyncio.client import connect as connect_websocket
 
 from chatterd.logs import LINES_MAX, Output
-from tests.conftest import client_of, connected, database_at_head
+from tests.conftest import client_of, connected, database_at_head, waiting_for
 from tests.multipart import connect, encode, fields, form_type, image, until
 from tests.process import Server, environment
 from tests.samples import JPEG
@@ -225,12 +225,8 @@ async def test_a_slow_statement_is_logged_without_its_values(
         group.start_soon(
             lambda: client.get(f"/v1/chatts/{unknown}", headers={"X-Request-Id": name})
         )
-        # Not pg_stat_activity, which stays the same within a transaction.
-        waiting = (
-            "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'chatts'::regclass"
-        )
         with anyio.fail_after(20):
-            while await psql.fetchval(waiting) < 2:  # noqa: ASYNC110 - the database's doing
+            while await waiting_for("chatts", psql) < 2:  # noqa: ASYNC110 - the database's doing
                 await anyio.sleep(0.01)
         await anyio.sleep(0.3)  # it is about time: more than SLOW_QUERY_MILLISECONDS
         await transaction.rollback()

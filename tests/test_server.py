@@ -26,7 +26,7 @@ from sqlalchemy.engine import make_url
 from chatterd import __version__
 from chatterd.database import migrate
 from chatterd.embedded import postgres
-from tests.conftest import client_of, connected
+from tests.conftest import client_of, connected, waiting_for
 from tests.multipart import connect, encode, fields, files, form_type, image, kept, until
 from tests.process import (
     Server,
@@ -431,11 +431,8 @@ async def test_a_post_in_flight_gets_its_answer_before_the_end(
     async with httpx2.AsyncClient(timeout=30) as client:
         chatt = {"name": "ann", "message": "in flight"}
         post = asyncio.create_task(client.post(f"{server.url}/postchatt", json=chatt))
-        waiting = (
-            "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'chatts'::regclass"
-        )
         with anyio.fail_after(30):
-            while not await database.fetchval(waiting):  # noqa: ASYNC110 - PostgreSQL has no event for it
+            while not await waiting_for("chatts", database):  # noqa: ASYNC110 - PostgreSQL has no event for it
                 await anyio.sleep(0.01)
         server.process.send_signal(signal.SIGTERM)
         await lock.commit()

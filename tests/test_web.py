@@ -23,12 +23,11 @@ from tests.multipart import problem
 from tests.process import DEADLINE_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator
 
     import httpx2
-    from playwright.async_api import Browser, FilePayload, Locator, Page, Route
+    from playwright.async_api import Browser, CDPSession, FilePayload, Locator, Page, Route
 
-    from tests.browser import Visitor
     from tests.multipart import Connection
     from tests.process import Server
 
@@ -230,17 +229,12 @@ async def test_the_name_is_remembered_and_the_time_is_the_readers(
 UNLIMITED = -1
 
 
-async def limiter_of_uploads(page: Page) -> Callable[[int], Awaitable[None]]:
-    """What limits a page's uploads to a number of bytes per second."""
-    session = await page.context.new_cdp_session(page)
-
-    async def limit(bytes_per_second: int) -> None:
-        conditions = {"offline": False, "latency": 0, "downloadThroughput": UNLIMITED}
-        await session.send(
-            "Network.emulateNetworkConditions", conditions | {"uploadThroughput": bytes_per_second}
-        )
-
-    return limit
+async def limit_uploads(session: CDPSession, bytes_per_second: int) -> None:
+    """Limit what the page of this session sends."""
+    conditions = {"offline": False, "latency": 0, "downloadThroughput": UNLIMITED}
+    await session.send(
+        "Network.emulateNetworkConditions", conditions | {"uploadThroughput": bytes_per_second}
+    )
 
 
 async def test_the_progress_of_an_upload_is_shown_and_the_chatt_comes_once(
@@ -248,8 +242,8 @@ async def test_the_progress_of_an_upload_is_shown_and_the_chatt_comes_once(
 ) -> None:
     async with visiting(browser, server.url) as ann:
         page = await ann.tab()
-        limit_uploads = await limiter_of_uploads(page)
-        await limit_uploads(200_000)
+        session = await ann.context.new_cdp_session(page)
+        await limit_uploads(session, 200_000)
         await post(page, "Slowly", image=photo(1500, 1000))
         bar = page.get_by_role("progressbar", name="Upload")
         await expect(bar).to_be_visible()
@@ -258,7 +252,7 @@ async def test_the_progress_of_an_upload_is_shown_and_the_chatt_comes_once(
         early = await bar.evaluate("bar => bar.value")
         await page.wait_for_function(moved, arg=early + 10)
         await expect(page.get_by_role("button", name="Sending…")).to_be_disabled()
-        await limit_uploads(UNLIMITED)
+        await limit_uploads(session, UNLIMITED)
         await expect_shown(page, "Slowly")
         await expect(bar).to_be_hidden()
     assert len((await client.get("/getchatts")).json()) == 1
@@ -303,12 +297,12 @@ async def test_an_upload_can_be_stopped_and_sent_after_all(
 ) -> None:
     async with visiting(browser, server.url, may_fail=True) as ann:
         page = await ann.tab()
-        limit_uploads = await limiter_of_uploads(page)
-        await limit_uploads(50_000)
+        session = await ann.context.new_cdp_session(page)
+        await limit_uploads(session, 50_000)
         await post(page, "Later", image=photo())
         await page.get_by_role("button", name="Stop").click()
         await expect(page.get_by_text("Stopped.")).to_be_visible()
-        await limit_uploads(UNLIMITED)
+        await limit_uploads(session, UNLIMITED)
         await page.get_by_role("button", name="Send").click()
         await expect_shown(page, "Later")
     assert len((await client.get("/getchatts")).json()) == 1
@@ -418,7 +412,7 @@ async def test_somebody_who_was_offline_is_told_so_and_misses_nothing(
         page = await ann.tab()
         await post(page, "before")
         await expect_shown(page, "before")
-        await go_offline(ann, page)
+        await go_offline(page)
         await expect(page.get_by_role("status")).to_have_text("Connection lost. Trying again…")
         for message in ("first", "second"):
             await client.post("/postchatt", json={"name": "bob", "message": message})
@@ -427,13 +421,13 @@ async def test_somebody_who_was_offline_is_told_so_and_misses_nothing(
         await expect(page.get_by_role("status")).to_have_text("Live")
 
 
-async def go_offline(visitor: Visitor, page: Page) -> None:
+async def go_offline(page: Page) -> None:
     """Take the network away, as far as the browser's emulation of that goes.
 
     It leaves connections that are open alone, and the page may hear of it before new ones fail: so
     the page is told once more when they do.
     """
-    await visitor.context.set_offline(offline=True)
+    await page.context.set_offline(offline=True)
     await page.wait_for_function("() => fetch('livez').then(() => false, () => true)")
     await page.evaluate("dispatchEvent(new Event('offline'))")
 
